@@ -1,0 +1,397 @@
+"""Image sources: which images of which classes take part, and their batches in a fixed order."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gpuclust.capture.catalog import Catalog, natural, read_folder, read_manifest, shown
+from gpuclust.capture.datasets import open_torchvision, read_dataset
+from gpuclust.capture.decode import BadImage
+from gpuclust.capture.loader import (
+    CHUNK,
+    FEW_IMAGES,
+    Chunks,
+    DatasetReader,
+    FileReader,
+    Reader,
+    Transform,
+    cannot_be_sent,
+    default_workers,
+    key_hash,
+    load_chunks,
+    shapes_differ,
+)
+from gpuclust.capture.models import import_object
+from gpuclust.errors import InputError
+
+DATA = (
+    "data is a folder of class folders, a manifest .csv, torchvision:NAME:ROOT, package.module:callable, "
+    "or a torch Dataset or DataLoader"
+)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that couldn't be used, and why. `class_name` is empty for an item that failed before its label was known."""
+
+    path: str
+    class_name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images in the order of the run.
+
+    Attributes
+    ----------
+    images : Tensor (b, c, h, w) float32
+        On the CPU.
+    labels : int64 array (b,)
+        Indices into `ImageSource.classes`.
+    paths : list of str
+        Path of each image, relative to the folder or as in the manifest; the index, for a data set.
+    thumbs : list of bytes
+        A JPEG of each image, its longest side at most 64 pixels.
+    """
+
+    images: Tensor
+    labels: np.ndarray
+    paths: list[str]
+    thumbs: list[bytes]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Rows `start` to `stop`, images and labels as views."""
+        return Batch(*(rows[start:stop] for rows in (self.images, self.labels, self.paths, self.thumbs)))
+
+
+def open_images(
+    data: Any,
+    *,
+    classes: Sequence[str] | None = None,
+    class_level: int | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+    on_bad_image: str = "skip",
+    max_pixels: int = 100_000_000,
+) -> ImageSource:
+    """Find the images of `data`, and choose classes and images. Nothing is decoded yet.
+
+    Parameters
+    ----------
+    data
+        A folder of class folders; a manifest .csv with the columns path and label; ``torchvision:NAME:ROOT`` with options as
+        in ``?split=test``; ``package.module:callable`` (the current folder is importable) returning a torch Dataset or
+        DataLoader of (image, label); or such an object itself.
+    classes
+        Names of the classes that take part; all by default.
+    class_level
+        Cut the folder path that names a class after so many folders.
+    per_class
+        Images of each class; what the smallest class has by default.
+    seed
+        Of the choice: the images of a class are taken in the order of the SHA-256 of ``"{seed}:{path}"``, where path is
+        relative, POSIX and Unicode NFC (the index, for a data set). So the choice is the same on every machine.
+    on_bad_image
+        ``skip`` replaces a bad image by the next of its class in that order and lists it; ``fail`` raises.
+    max_pixels
+        An image of more pixels is a bad image; known from the header, before it is decoded.
+
+    Raises
+    ------
+    InputError
+        If `data` is none of these, isn't there, has fewer than two classes or an empty one, if a class is unknown, or if a
+        class has fewer images than `per_class`.
+    """
+    if on_bad_image not in ("skip", "fail"):
+        raise InputError(f"on_bad_image is skip or fail; got {on_bad_image!r}")
+    for name, value in (("class_level", class_level), ("per_class", per_class), ("max_pixels", max_pixels)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is at least 1; got {value}")
+    catalog = _read(data, class_level)
+    if on_bad_image == "fail" and catalog.unlabelled:
+        raise InputError("image {} of {} cannot be read: {}".format(*catalog.unlabelled[0][:1], catalog.data, catalog.unlabelled[0][1]))
+    names = _chosen_classes(catalog, classes)
+    smallest = min(names, key=lambda name: len(catalog.keys[name]))
+    if per_class is not None and per_class > len(catalog.keys[smallest]):
+        raise InputError(
+            f"per_class is {per_class}, and class {smallest!r} has {len(catalog.keys[smallest])} images: "
+            f"ask for at most that many, or leave it out with classes"
+        )
+    return ImageSource(
+        catalog,
+        names,
+        len(catalog.keys[smallest]) if per_class is None else per_class,
+        seed=seed,
+        on_bad_image=on_bad_image,
+        max_pixels=max_pixels,
+    )
+
+
+class ImageSource:
+    """Chosen images of chosen classes; made by `open_images`.
+
+    The order of the images is that of the classes, within a class the seeded one, without bad images; their replacements
+    come after all of them, again class by class. It doesn't depend on batch size or workers.
+
+    Attributes
+    ----------
+    classes : tuple of str
+        Sorted, numbers in them as numbers; a data set's own order where it names its classes.
+    class_paths : tuple of tuple of str
+        Folder path of each class.
+    available : dict of str to int
+        How many images each class has.
+    per_class, n : int
+        Images of each class asked for; images in all if none is bad beyond replacement.
+    skipped : list of Skipped
+        Bad images of the latest pass, filled while its batches are read.
+    replaced : int
+        How many of them another image stood in for.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        names: Sequence[str],
+        per_class: int,
+        *,
+        seed: int = 0,
+        on_bad_image: str = "skip",
+        max_pixels: int = 100_000_000,
+    ) -> None:
+        self.classes = tuple(names)
+        self.class_paths = tuple(catalog.parts[name] for name in names)
+        self.available = {name: len(catalog.keys[name]) for name in names}
+        self.per_class = per_class
+        self.n = len(names) * per_class
+        self.seed, self.on_bad_image, self.max_pixels = seed, on_bad_image, max_pixels
+        self.skipped: list[Skipped] = []
+        self.replaced = 0
+        self._catalog = catalog
+        self._orders = [sorted(catalog.keys[name], key=self._rank) for name in names]
+        self._delivered = [0] * len(names)
+        self._workers = "0"
+        self._reset()
+
+    def batches(self, transform: Transform | None, batch_size: int, workers: int | None = None) -> Iterator[Batch]:
+        """One pass over the images; every batch but the last has exactly `batch_size` of them.
+
+        Parameters
+        ----------
+        transform
+            PIL image (RGB) -> tensor ``(c, h, w)``. Tensors of a data set pass as they are, uint8 ones divided by 255.
+        batch_size
+            Images of a batch.
+        workers
+            Processes that read ahead; by default one per core up to 8, none for fewer than 64 images, and none where the
+            data set or the transform can't be sent to another process.
+
+        Raises
+        ------
+        InputError
+            If a picture has no transform; if the transform fails, with the file's name; if a whole class is bad; at the
+            first bad image where `on_bad_image` is ``fail``.
+        """
+        if batch_size < 1 or (workers is not None and workers < 0):
+            raise InputError(f"batch_size is at least 1 and workers at least 0; got {batch_size} and {workers}")
+        if transform is None and self._catalog.dataset is None:
+            raise InputError("image files need a transform: PIL image -> tensor (c, h, w); none is given")
+        return _regroup(self._pass(transform, min(CHUNK, batch_size), workers), batch_size)
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen, and what the latest pass delivered and skipped, for JSON."""
+        bad = [skipped.class_name for skipped in self.skipped]
+        return {
+            "data": self._catalog.data,
+            "kind": self._catalog.kind,
+            "seed": self.seed,
+            "classes": list(self.classes),
+            "class_paths": [list(parts) for parts in self.class_paths],
+            "available": dict(self.available),
+            "per_class": self.per_class,
+            "delivered": dict(zip(self.classes, self._delivered, strict=True)),
+            "replaced": self.replaced,
+            "skipped_per_class": {name: bad.count(name) for name in self.classes},
+            "skipped": [{"path": s.path, "class": s.class_name, "reason": s.reason} for s in self.skipped],
+            "ignored_files": self._catalog.ignored,
+            "workers": self._workers,
+        }
+
+    def fingerprint(self) -> str:
+        """A hash of the choice, to know whether a run can be resumed: it changes if a chosen file does.
+
+        Of files: path, size and time of change. Of a data set: its name and length, the chosen indices, and the content of
+        the first image of each class.
+        """
+        chosen = [order[: self.per_class] for order in self._orders]
+        known = [self._catalog.kind, self.classes, self.seed, self.on_bad_image, self.max_pixels]
+        digest = hashlib.sha256(json.dumps(known).encode())
+        dataset, root = self._catalog.dataset, self._catalog.root
+        if dataset is not None:
+            digest.update(json.dumps([self._catalog.data, len(dataset), chosen]).encode())  # type: ignore[arg-type]
+            for order in chosen:
+                digest.update(self._content(order[0]))
+        elif root is not None:
+            for key in (key for order in chosen for key in order):
+                try:
+                    info = os.stat(root / key)
+                    state = [key, info.st_size, info.st_mtime_ns]
+                except OSError as error:  # a bad image; that it is one is part of the state
+                    state = [key, error.errno]
+                digest.update(json.dumps(state).encode())
+        return digest.hexdigest()
+
+    def _content(self, key: str) -> bytes:
+        chunk = Chunks(self._reader(), None, [key], 1, self.seed)
+        try:
+            image = chunk.read(key)
+        except BadImage as error:
+            return str(error).encode()
+        return image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(image, Tensor) else image.tobytes()
+
+    def _rank(self, key: str) -> tuple[bytes, str]:
+        return key_hash(self.seed, unicodedata.normalize("NFC", key)), key
+
+    def _reader(self) -> Reader:
+        if self._catalog.dataset is not None:
+            return DatasetReader(self._catalog.dataset)
+        assert self._catalog.root is not None
+        return FileReader(self._catalog.root, self.max_pixels)
+
+    def _reset(self) -> None:
+        self.skipped[:] = [Skipped(key, "", reason) for key, reason in self._catalog.unlabelled]
+        self.replaced = 0
+        self._delivered = [0] * len(self.classes)
+
+    def _pass(self, transform: Transform | None, size: int, workers: int | None) -> Iterator[Batch]:
+        """All images in batches of any size: first the chosen ones, then rounds of replacements until none is missing."""
+        self._reset()
+        reader = self._reader()
+        unsendable = cannot_be_sent(reader, transform)
+        count = 0 if unsendable else default_workers(self.n) if workers is None else workers
+        self._workers = f"0, since they cannot be sent to another process: {unsendable}" if unsendable else str(count)
+        taken = [self.per_class] * len(self.classes)
+        jobs = [(i, key) for i, order in enumerate(self._orders) for key in order[: self.per_class]]
+        first_round, shape = True, None
+        while jobs:
+            missing = [0] * len(self.classes)
+            chunks = Chunks(reader, transform, [key for _, key in jobs], size, self.seed)
+            with closing(load_chunks(chunks, count if first_round or len(jobs) >= FEW_IMAGES else 0)) as loaded:
+                for chunk in loaded:
+                    for position, reason in chunk.bad:
+                        self._skip(*jobs[position], reason)
+                        missing[jobs[position][0]] += 1
+                    if not chunk.good:
+                        continue
+                    rows = [jobs[position] for position in chunk.good]
+                    shape = shape or chunk.images.shape[1:]
+                    if chunk.images.shape[1:] != shape:
+                        raise InputError(f"image {rows[0][1]}: {shapes_differ(shape, chunk.images.shape[1:])}")
+                    for i, _ in rows:
+                        self._delivered[i] += 1
+                    if not first_round:
+                        self.replaced += len(rows)
+                    labels = np.array([i for i, _ in rows], dtype=np.int64)
+                    yield Batch(chunk.images, labels, [shown(key) for _, key in rows], chunk.thumbs)
+            jobs = [(i, key) for i, order in enumerate(self._orders) for key in order[taken[i] : taken[i] + missing[i]]]
+            taken = [taken[i] + missing[i] for i in range(len(taken))]
+            first_round = False
+
+    def _skip(self, index: int, key: str, reason: str) -> None:
+        name = self.classes[index]
+        if self.on_bad_image == "fail":
+            raise InputError(f"image {shown(key)} of class {name!r} is bad: {reason} (on_bad_image is fail)")
+        self.skipped.append(Skipped(shown(key), name, reason))
+        if sum(skipped.class_name == name for skipped in self.skipped) == self.available[name]:
+            raise InputError(f"all {self.available[name]} images of class {name!r} are bad; the last, {shown(key)}: {reason}")
+
+
+def _read(data: Any, class_level: int | None) -> Catalog:
+    text = os.fspath(data) if isinstance(data, (str, os.PathLike)) else None
+    if text is not None and os.path.isdir(text):
+        return read_folder(Path(text), class_level)
+    if text is not None and os.path.isfile(text) and text.lower().endswith(".csv"):
+        return read_manifest(Path(text), class_level)
+    if isinstance(data, (Dataset, DataLoader)):
+        found, name = data, None
+    elif text is None:
+        raise InputError(f"{DATA}; got {type(data).__name__}")
+    elif text.startswith("torchvision:"):
+        found, name = open_torchvision(text), text
+    elif re.fullmatch(r"[^\W\d]\w*(\.\w+)*:\w+(\.\w+)*", text):
+        found, name = import_object(text)(), text
+        if not isinstance(found, (Dataset, DataLoader)):
+            raise InputError(f"{text} returns a torch Dataset or DataLoader of (image, label); got {type(found).__name__}")
+    else:
+        there = "is a file that is no manifest .csv" if os.path.isfile(text) else "is not there"
+        raise InputError(f"{text!r} {there}: {DATA}")
+    if class_level is not None:
+        raise InputError(f"class_level cuts folder paths; the classes of a data set have none ({name or type(data).__name__})")
+    return read_dataset(found, name)
+
+
+def _chosen_classes(catalog: Catalog, classes: Sequence[str] | None) -> list[str]:
+    """The names that take part, in the catalog's order."""
+    if classes is None:
+        if catalog.empty:
+            raise InputError(
+                f"no image in class folder {', '.join(map(repr, catalog.empty[:5]))} of {catalog.data}: "
+                "remove it, or name the classes that take part"
+            )
+        chosen = list(catalog.keys)
+    else:
+        for name in classes:
+            if name in catalog.empty:
+                raise InputError(f"class {name!r} of {catalog.data} holds no image")
+            if name not in catalog.keys:
+                close = difflib.get_close_matches(name, catalog.keys, n=4, cutoff=0.4) or list(catalog.keys)[:4]
+                raise InputError(f"no class {name!r} in {catalog.data}, which has {len(catalog.keys)}; close: {', '.join(close)}")
+        chosen = [name for name in catalog.keys if name in set(classes)]
+    if len(chosen) < 2:
+        raise InputError(f"{catalog.data}: there is one class, {chosen[0]!r}; clusters are compared with two or more")
+    return chosen
+
+
+def _regroup(pieces: Iterator[Batch], size: int) -> Iterator[Batch]:
+    """Batches of exactly `size`, the last one aside, from batches of at most `size`."""
+    held: list[Batch] = []
+    with closing(pieces):  # type: ignore[type-var]
+        for piece in pieces:
+            held.append(piece)
+            count = sum(map(len, held))
+            if count >= size:
+                whole = _join(held)
+                yield whole.part(0, size)
+                held = [whole.part(size, count)] if count > size else []
+    if held:
+        yield _join(held)
+
+
+def _join(pieces: list[Batch]) -> Batch:
+    if len(pieces) == 1:
+        return pieces[0]
+    return Batch(
+        torch.cat([piece.images for piece in pieces]),
+        np.concatenate([piece.labels for piece in pieces]),
+        [path for piece in pieces for path in piece.paths],
+        [thumb for piece in pieces for thumb in piece.thumbs],
+    )

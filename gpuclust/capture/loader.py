@@ -1,0 +1,235 @@
+"""Reading images in worker processes: keys go in, chunks of tensors come out in the same order."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gpuclust.capture.decode import BadImage, decode_file, encode_thumbnail, to_rgb
+from gpuclust.errors import InputError
+
+Transform = Callable[[Image.Image], Tensor]
+
+MAX_WORKERS = 8
+FEW_IMAGES = 64  # fewer are decoded before the workers have started
+CHUNK = 16
+
+
+class Reader(Protocol):
+    """Where the image of a key comes from: an RGB picture, or a tensor that is ready for the network."""
+
+    def read(self, key: str) -> Image.Image | Tensor:
+        """The image, or `BadImage`."""
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Keys are paths relative to `root`."""
+
+    root: Path
+    max_pixels: int
+
+    def read(self, key: str) -> Image.Image:
+        return decode_file(self.root / key, self.max_pixels)
+
+
+@dataclass(frozen=True)
+class DatasetReader:
+    """Keys are indices of `dataset` in digits."""
+
+    dataset: Dataset[Any]
+
+    def read(self, key: str) -> Image.Image | Tensor:
+        try:
+            image = self.dataset[int(key)][0]
+            if isinstance(image, Image.Image):
+                return to_rgb(image)
+        except Exception as error:  # whatever a user's data set raises on one item is one bad image
+            raise BadImage(f"{type(error).__name__}: {error}") from error
+        if not isinstance(image, Tensor):
+            raise TypeError(f"the image of an item is a PIL image or a tensor (c, h, w); got {type(image).__name__}")
+        return image
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What became of some of the keys, by their positions among all keys.
+
+    Attributes
+    ----------
+    images : Tensor (b, c, h, w) float32
+    good : list of int
+        Positions of the rows of `images`.
+    thumbs : list of bytes
+        A small JPEG of each row.
+    bad : list of (int, str)
+        Positions and reasons of the images that can't be used.
+    fault : (str, str), optional
+        What went wrong in the transform or the data set's types, and its traceback: nothing an image is to blame for. It
+        travels as text since not every exception can be pickled.
+    """
+
+    images: Tensor
+    good: list[int]
+    thumbs: list[bytes]
+    bad: list[tuple[int, str]]
+    fault: tuple[str, str] | None = None
+
+
+class Chunks(Dataset[Chunk]):
+    """`keys`, read and transformed `size` at a time; sent to the workers, so all of it can be pickled where they need that.
+
+    Random numbers that an item or the transform draws from Python's, NumPy's or torch's global generators depend on `seed`
+    and the key alone, and leave the generators as they were.
+    """
+
+    def __init__(self, reader: Reader, transform: Transform | None, keys: list[str], size: int, seed: int) -> None:
+        self.reader, self.transform, self.keys, self.size, self.seed = reader, transform, keys, size, seed
+
+    def __len__(self) -> int:
+        return -(-len(self.keys) // self.size)
+
+    def __getitem__(self, index: int) -> Chunk:
+        images: list[Tensor] = []
+        good: list[int] = []
+        thumbs: list[bytes] = []
+        bad: list[tuple[int, str]] = []
+        fault = None
+        for position in range(index * self.size, min((index + 1) * self.size, len(self.keys))):
+            key = self.keys[position]
+            try:
+                with _random_from(self.seed, key):
+                    image, thumb = self._load(key)
+                if images and image.shape != images[0].shape:
+                    raise ValueError(shapes_differ(images[0].shape, image.shape))
+            except BadImage as error:
+                bad.append((position, str(error)))
+                continue
+            except Exception as error:  # raised again in the main process, with the key
+                fault = (f"{key}: {type(error).__name__}: {error}", traceback.format_exc())
+                break
+            images.append(image)
+            good.append(position)
+            thumbs.append(thumb)
+        return Chunk(torch.stack(images) if images else torch.empty(0), good, thumbs, bad, fault)
+
+    def _load(self, key: str) -> tuple[Tensor, bytes]:
+        image = self.reader.read(key)
+        if isinstance(image, Tensor):
+            tensor = _network_input(image)
+            return tensor, encode_thumbnail(tensor)
+        thumb = encode_thumbnail(image)
+        if self.transform is None:
+            raise TypeError("a picture needs a transform to become a tensor (c, h, w), and none is given")
+        return _network_input(self.transform(image)), thumb
+
+
+def load_chunks(chunks: Chunks, workers: int) -> Iterator[Chunk]:
+    """The chunks in order, read ahead by `workers` processes (0: by this one). The result doesn't depend on `workers`.
+
+    Raises
+    ------
+    InputError
+        If the transform fails, or if what it or the data set gives isn't a picture or tensor of one shape.
+    """
+    workers = min(workers, len(chunks))
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator().manual_seed(0),  # else making an iterator would draw from the global one
+        prefetch_factor=4 if workers else None,
+    )
+    iterator = iter(loader)
+    try:
+        for chunk in iterator:
+            if chunk.fault:
+                error = InputError(f"image {chunk.fault[0]}")
+                error.add_note(chunk.fault[1])
+                raise error
+            yield chunk
+    finally:
+        if workers:  # at once, not when the last traceback that holds the iterator is gone
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def default_workers(images: int) -> int:
+    """A process per core up to `MAX_WORKERS`; none for few images."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if images < FEW_IMAGES else min(cores, MAX_WORKERS)
+
+
+def cannot_be_sent(reader: Reader, transform: Transform | None) -> str | None:
+    """Why worker processes can't be given these objects, or None. Forked workers have them already."""
+    if multiprocessing.get_start_method() == "fork":
+        return None
+    try:
+        pickle.Pickler(_Nowhere(), pickle.HIGHEST_PROTOCOL).dump((reader, transform))
+    except Exception as error:  # pickling runs the user's own code
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def shapes_differ(first: tuple[int, ...], other: tuple[int, ...]) -> str:
+    return f"its shape is {tuple(other)} where the images before have {tuple(first)}: a transform that resizes is needed"
+
+
+def key_hash(seed: int, key: str) -> bytes:
+    """The place of a key in the seeded order, and the seed of its own random numbers: the same on every machine."""
+    return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
+
+
+@contextmanager
+def _random_from(seed: int, key: str) -> Iterator[None]:
+    own = int.from_bytes(key_hash(seed, key)[:4], "little")
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(own)
+            random.seed(own)
+            np.random.seed(own)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _network_input(image: Any) -> Tensor:
+    if not isinstance(image, Tensor) or image.ndim != 3:
+        got = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"an image for the network is a tensor (c, h, w); got {got}")
+    image = image.detach()
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+
+
+class _Nowhere:
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def _as_it_is(chunk: Chunk) -> Chunk:
+    return chunk
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches every process of a terminal; the main process alone answers it, and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

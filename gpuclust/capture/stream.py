@@ -1,0 +1,202 @@
+"""ActivationStream: a network's activations of wanted layers, handed out batch by batch at the moment they exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gpuclust.capture.layers import Layer
+from gpuclust.capture.trace import eval_mode, first_argument, first_tensor, function_name, unwrap
+from gpuclust.errors import InputError
+
+Write = Callable[[Layer, Tensor], None]
+
+
+class ActivationStream:
+    """Forward passes through a network that hand out the activations of `layers` and stop after the last of them.
+
+    Inside the ``with`` block every submodule is in eval mode and the hooks are installed; afterwards, whatever
+    happened, each submodule is in its own mode again and the hooks are gone.
+
+    Parameters
+    ----------
+    module
+        The network; DataParallel and torch.compile wrappers are looked through.
+    layers
+        What `find_layers` found in the same network, in any order.
+
+    Notes
+    -----
+    `write` runs inside the hook: a non-linearity that works in place overwrites the activation right afterwards, so
+    the callee copies it at once. Gradients are off by ``no_grad``, not by ``inference_mode``: tensors that a
+    network caches on itself during a pass (masks, position tables) must stay usable for training. A pass does not
+    depend on the caller's settings: autocast is off, matrix products and convolutions are in full float32 (no
+    TF32), cuDNN is deterministic and does not benchmark.
+    """
+
+    def __init__(self, module: nn.Module, layers: Sequence[Layer]) -> None:
+        self.module = unwrap(module)
+        self.layers = tuple(layers)
+        self._stack = ExitStack()
+        self._pass: _Pass | None = None
+        self._entered = False
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(self.module))
+            for name in dict.fromkeys(layer.module for layer in self.layers):
+                try:
+                    submodule = self.module.get_submodule(name)
+                except AttributeError:
+                    raise InputError(f"{type(self.module).__name__} has no module {name!r} to capture") from None
+                stack.callback(submodule.register_forward_hook(self._hook(name)).remove)
+            self._stack = stack.pop_all()
+        self._entered = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered = False
+        self._stack.close()
+
+    def forward(self, images: Tensor, write: Write) -> None:
+        """One pass: calls ``write(layer, activation)`` once for every layer, in the order of the forward pass.
+
+        Parameters
+        ----------
+        images
+            One batch ``(b, c, h, w)`` on the network's device.
+        write
+            Receives the activation ``(b, *layer.shape)`` as it is at that moment; it must copy before it returns.
+
+        Raises
+        ------
+        InputError
+            If a layer was not reached or came in another shape than `find_layers` saw.
+        """
+        if not self._entered:
+            raise RuntimeError("ActivationStream.forward is called inside the stream's with block")
+        self._pass = running = _Pass(self.layers, len(images), write)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(torch.autocast(images.device.type, enabled=False))
+                stack.enter_context(_exact_arithmetic())
+                if any(layer.after for layer in self.layers):
+                    stack.enter_context(running)
+                self.module(images)
+        except _Stop:
+            return
+        finally:
+            self._pass = None
+        missing = [f"{layer.name} ({layer.module}, call {layer.call})" for layer in running.wanted.values()]
+        if missing:
+            raise InputError(
+                f"the forward pass of {type(self.module).__name__} ended without {', '.join(missing[:5])}: the network "
+                "takes another way for these images than for the example its layers were listed with; leave them out "
+                "with --layers"
+            )
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(submodule: nn.Module, args: Any, output: Any) -> None:
+            if self._pass is not None:
+                self._pass.arrive(name, output)
+
+        return hook
+
+
+class _Stop(BaseException):
+    """Ends a forward pass after the last wanted layer; no `except Exception` of a network may catch it."""
+
+
+class _Pass(TorchFunctionMode):
+    """The state of one forward pass; entered as a mode only where a layer is captured after a function."""
+
+    def __init__(self, layers: Sequence[Layer], batch: int, write: Write) -> None:
+        super().__init__()
+        self.batch = batch
+        self.write = write
+        self.wanted = {(layer.module, layer.call, layer.after): layer for layer in layers}
+        self.calls = dict.fromkeys((layer.module for layer in layers), 0)
+        # Outputs on their way through the functions that a layer is captured after, with those still to come.
+        self.pending: list[tuple[Tensor, Layer, list[str]]] = []
+
+    def arrive(self, module: str, output: Any) -> None:
+        call = self.calls[module]
+        self.calls[module] += 1
+        tensor = first_tensor(output)
+        if tensor is None:
+            return
+        ready = [layer for layer in self.wanted.values() if layer.module == module and layer.call == call]
+        for layer in ready:
+            if layer.after:
+                self.pending.append((tensor, layer, layer.after.split("+")))
+            else:
+                self.deliver(layer, tensor)
+        self.stop_if_done()
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if self.pending:
+            name, source = function_name(function), first_argument(args, kwargs)
+            moving = [step for step in self.pending if step[0] is source and step[2][0] == name]
+            if moving:
+                self.pending = [step for step in self.pending if not any(step is other for other in moving)]
+                for _, layer, rest in moving:
+                    if len(rest) > 1:
+                        self.pending.append((result, layer, rest[1:]))
+                    else:
+                        self.deliver(layer, result)
+                self.stop_if_done()
+        return result
+
+    def deliver(self, layer: Layer, activation: Tensor) -> None:
+        if tuple(activation.shape) != (self.batch, *layer.shape):
+            raise InputError(
+                f"{layer.name} ({layer.module}) was listed with shape {layer.shape} per image; a batch of {self.batch} "
+                f"images gave {tuple(activation.shape)}: all images need the size that the layers were listed with"
+            )
+        del self.wanted[layer.module, layer.call, layer.after]
+        self.write(layer, activation)
+
+    def stop_if_done(self) -> None:
+        if not self.wanted:
+            raise _Stop
+
+
+@contextmanager
+def _exact_arithmetic() -> Iterator[None]:
+    """Full float32 in convolutions and matrix products, deterministic cuDNN; then the caller's settings again."""
+    backends: Any = torch.backends
+    operations = (
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.cuda.matmul,
+        backends.mkldnn.conv,
+        backends.mkldnn.rnn,
+        backends.mkldnn.matmul,
+    )
+    precisions = [operation.fp32_precision for operation in operations]
+    try:
+        allow_tf32 = backends.cudnn.allow_tf32
+    except RuntimeError:  # the caller set convolutions and recurrent layers apart, which `precisions` holds
+        allow_tf32 = None
+    deterministic, benchmark = backends.cudnn.deterministic, backends.cudnn.benchmark
+    try:
+        backends.cudnn.allow_tf32 = False
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
+        yield
+    finally:
+        backends.cudnn.deterministic, backends.cudnn.benchmark = deterministic, benchmark
+        if allow_tf32 is not None:
+            backends.cudnn.allow_tf32 = allow_tf32
+        for operation, precision in zip(operations, precisions, strict=True):
+            operation.fp32_precision = precision

@@ -1,0 +1,128 @@
+"""What a backend does for the Lloyd loop: one step at a time, into tensors that the loop owns.
+
+Problem -> choice -> launch are three separate things: a `Problem` is plain data, `supports` answers with a reason, and
+`assign` and `accumulate` compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from gpuclust.cluster.sums import Grid
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A k-means problem as far as the choice of a backend depends on it."""
+
+    n: int
+    d: int
+    k: int
+    dtype: torch.dtype
+    device: torch.device
+    weights: bool = False
+    restarts: int = 1
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The centroids of all restarts, prepared for a pass in float32.
+
+    With m the centre, s the scale, and x^ = (x - m_x) s the row as the pass sees it, the score of row i and centroid j,
+    ``bias_j + x^_i . matrix_j``, is the squared distance less a term that is the same for all centroids; it is
+    within ``a_i slope_j + margin_j`` of its exact value, where a_i bounds ||x^_i||.
+
+    Attributes
+    ----------
+    matrix : float32 (r * k, d)
+        -2 (c - m) s, rounded.
+    high, low : float32 (r * k, 1)
+        Bias plus and minus ``margin``.
+    slope : float32 (r * k, 1)
+    shift : (d,) in the type of the pass, or None
+        m_x s, where rows must be converted; None where they are used as they are stored.
+    scale : float
+        s, a power of two.
+    restarts, k : int
+    """
+
+    matrix: torch.Tensor
+    high: torch.Tensor
+    low: torch.Tensor
+    slope: torch.Tensor
+    shift: torch.Tensor | None
+    scale: float
+    restarts: int
+    k: int
+
+
+class Candidates(NamedTuple):
+    """The centroids that a pass could not tell apart: parallel int64 tensors (p,), sorted by row, then restart."""
+
+    row: torch.Tensor
+    restart: torch.Tensor
+    centroid: torch.Tensor
+
+
+class Backend(Protocol):
+    """One implementation of the steps. ``gpuclust.cluster.exact`` makes of its proposals what is exact."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """None if this machine can run the backend, else the reason why not."""
+        ...
+
+    def supports(self, problem: Problem) -> str | None:
+        """None if the backend can solve ``problem`` here, else the reason why not."""
+        ...
+
+    def assign(
+        self, x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor, certify: bool
+    ) -> Candidates | None:
+        """Propose the nearest centroid of each row in each restart.
+
+        Parameters
+        ----------
+        x : (b, d), as stored
+        norms : float32 (b,)
+            Upper bounds of ||x^_i||.
+        operand : Operand
+        labels : int32 (r, b), out
+        certify : bool
+            With False, ``labels`` is the least score and None is returned.
+
+        Returns
+        -------
+        Candidates
+            For every (row, restart) whose label is not certain, all centroids that can be the nearest; ``labels`` is
+            not valid there. A score that is not a number makes all k of them candidates.
+        """
+        ...
+
+    def accumulate(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor | None,
+        grid: Grid,
+        plus: torch.Tensor,
+        minus: torch.Tensor | None,
+        sums: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        """Add the rows ``x`` (b, d), times ``weights`` (b,) float64, to the sums of the clusters.
+
+        Parameters
+        ----------
+        plus, minus : int32 (r, b)
+            Cluster that gains and cluster that loses the row in each restart; where both are equal nothing happens.
+        sums : float64 (levels, r, k, d), in and out
+            On ``grid``, so that the result is free of the order.
+        counts : float64 (r, k), in and out
+            Numbers of rows, without weights.
+        """
+        ...

@@ -1,0 +1,41 @@
+"""Where the rows come from: a chunk source hands them out in order, a chunk at a time, as often as they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+
+class ChunkSource(Protocol):
+    """Rows of one data set, in a fixed order. ``gpuclust.capture.store.LayerStore`` is one, too."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield ``(start, x)`` with ``x`` of shape ``(b, d)``, ``b <= rows``, for all rows in order."""
+        ...
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """The rows at ``index`` (m,), as ``(m, d)``."""
+        ...
+
+
+class TensorSource:
+    """The rows of a tensor ``(n, d)``, on whatever device, of whatever strides. Chunks are views: nothing is copied."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+        self.shape = (x.shape[0], x.shape[1])
+        self.dtype = x.dtype
+        self.device = x.device
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+        for start in range(0, self.shape[0], rows):
+            yield start, self.x[start : start + rows]
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        return self.x.index_select(0, index)

@@ -1,0 +1,1 @@
+"""Clusters against classes: scores, geometry of the rows, and the result of one layer."""

@@ -1,0 +1,117 @@
+"""Every option in one place, and the only reader of the GPUCLUST_* environment variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from gpuclust.errors import InputError
+
+DEVICES = "auto, cpu, cuda or cuda:INDEX"
+DTYPES = ("float32", "float16", "bfloat16")
+BACKENDS = ("auto", "cupy", "triton", "cuml", "torch")
+SOLVERS = ("auto", "primal", "dual")
+PRECISIONS = ("exact", "fast")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one run, as the command line and `analyze` take them; design of each in `gpuclust run --help`."""
+
+    weights: str = "DEFAULT"
+    layers: tuple[str, ...] = ("auto",)
+    clusters: int | None = None
+    classes: tuple[str, ...] | None = None
+    class_level: int | None = None
+    per_class: int | None = None
+    device: str = "auto"
+    backend: str = "auto"
+    solver: str = "auto"
+    precision: str = "exact"
+    dtype: str = "float32"
+    memory_limit: int | None = None
+    batch_size: int | None = None
+    workers: int | None = None
+    n_init: int = 10
+    max_iter: int = 300
+    seed: int = 0
+    on_bad_image: str = "skip"
+    max_pixels: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("backend", BACKENDS),
+            ("solver", SOLVERS),
+            ("precision", PRECISIONS),
+            ("dtype", DTYPES),
+            ("on_bad_image", ("skip", "fail")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"device is {DEVICES}; got {self.device!r}")
+        for name, least in (
+            ("clusters", 1),
+            ("class_level", 1),
+            ("per_class", 1),
+            ("memory_limit", 1),
+            ("batch_size", 1),
+            ("workers", 0),
+            ("n_init", 1),
+            ("max_iter", 1),
+            ("seed", 0),
+            ("max_pixels", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise InputError(f"{name} is a whole number of at least {least}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the GPUCLUST_* environment variables say."""
+
+    device: str | None
+    memory_limit: int | None
+    chunk_bytes: int | None
+
+
+def environment() -> Environment:
+    """Read GPUCLUST_DEVICE, GPUCLUST_MEMORY_LIMIT and GPUCLUST_CHUNK_BYTES now."""
+    limit, chunk = os.environ.get("GPUCLUST_MEMORY_LIMIT"), os.environ.get("GPUCLUST_CHUNK_BYTES")
+    return Environment(
+        device=os.environ.get("GPUCLUST_DEVICE") or None,
+        memory_limit=parse_bytes(limit) if limit else None,
+        chunk_bytes=parse_bytes(chunk) if chunk else None,
+    )
+
+
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+
+
+def parse_bytes(text: str | int) -> int:
+    """A size as a person writes it (``8GiB``, ``500 MB``, ``1073741824``) in bytes.
+
+    ``K``, ``M``, ``G`` and ``T`` alone are powers of 1024, as ``KiB`` is; ``KB`` is a power of 1000.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if not match or match[2] not in _UNITS:
+        raise InputError(f"a size is a number with B, KiB, MiB, GiB, TiB (or KB, MB, GB, TB), as 8GiB; got {text!r}")
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size < 1:
+        raise InputError(f"a size is at least one byte; got {text!r}")
+    return size
+
+
+def show_bytes(size: float) -> str:
+    """A number of bytes as a person reads it: ``27.1 GB`` (powers of 1000, as device makers count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"

@@ -1,0 +1,135 @@
+"""MemoryPlan: the bytes of a run before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpuclust.capture import memory
+from gpuclust.capture.layers import Layer
+from gpuclust.capture.memory import MemoryPlan, free_bytes, make_plan
+from gpuclust.errors import MemoryLimitError
+
+WIDTHS = {
+    "alexnet": [193_600, 139_968, 64_896, 43_264, 43_264, 4_096, 4_096, 1_000],
+    "vgg16": [3_211_264] * 2 + [1_605_632] * 2 + [802_816] * 3 + [401_408] * 3 + [100_352] * 3 + [4_096] * 2 + [1_000],
+}
+
+
+def plan(network: str = "alexnet", **changes) -> MemoryPlan:
+    layers = [Layer(f"layer{i}", f"module.{i}", "conv", (d,)) for i, d in enumerate(WIDTHS[network])]
+    options = {
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "clusters": 5,
+        "n_init": 10,
+        "batch_size": 32,
+        "module_bytes": 0,
+        "free": 16 * 10**9,
+        "limit": None,
+    } | changes
+    n = options.pop("n", 500)
+    return make_plan(network, layers, n, **options)
+
+
+@pytest.mark.parametrize(
+    ("network", "dtype", "size", "words"),
+    [
+        ("alexnet", torch.float32, 988_368_000, "0.99 GB"),
+        ("alexnet", torch.float16, 494_184_000, "0.49 GB"),
+        ("vgg16", torch.float32, 27_113_424_000, "27.11 GB"),
+        ("vgg16", torch.bfloat16, 13_556_712_000, "13.56 GB"),
+    ],
+)
+def test_activations_of_five_classes_of_a_hundred(network, dtype, size, words):
+    made = plan(network, dtype=dtype)
+    assert made.activations_bytes == size == sum(row["bytes"] for row in made.table())
+    (line,) = [line for line in str(made).splitlines() if line.startswith("activations")]
+    assert line.endswith(f" {words}")
+
+
+def test_each_term_is_the_stated_formula():
+    made = plan(module_bytes=7)
+    assert made.work_bytes == 3 * 5 * 10 * 193_600 * 8 + 16 * 500 * 10 + 64 * 2**20
+    assert made.forward_bytes == 3 * 32 * 193_600 * 4
+    assert made.total_bytes == 7 + made.activations_bytes + made.work_bytes
+    assert plan(batch_size=1000).total_bytes == made.activations_bytes + 3 * 1000 * 193_600 * 4
+    assert plan(widest=10**6).forward_bytes == 3 * 32 * 10**6 * 4
+
+
+def test_it_fits_up_to_the_last_byte():
+    made = plan()
+    assert replace(made, free_bytes=made.total_bytes).fits
+    assert not replace(made, free_bytes=made.total_bytes - 1).fits
+    assert not replace(made, limit_bytes=made.total_bytes - 1).fits
+    assert not replace(made, free_bytes=made.total_bytes - 1, limit_bytes=made.total_bytes).fits
+    made.require()
+
+
+def test_a_run_that_does_not_fit_says_what_it_needs_has_and_what_to_do():
+    made = plan("vgg16")
+    with pytest.raises(MemoryLimitError) as error:
+        made.require()
+    message = str(error.value)
+    assert f"{made.total_bytes:,} bytes" in message
+    assert "16,000,000,000 bytes) are free" in message
+    for advice in ("--per-class", "--layers", "--dtype float16"):
+        assert advice in message
+    assert "--memory-limit" not in message  # more than there is would not help
+    with pytest.raises(MemoryLimitError, match=r"the memory limit is .*8,000,000,000 bytes.*a larger --memory-limit"):
+        plan("vgg16", limit=8 * 10**9).require()
+    with pytest.raises(MemoryLimitError) as halved:
+        plan("vgg16", dtype=torch.float16, free=10**9).require()
+    assert "--dtype" not in str(halved.value)
+
+
+def test_the_table_is_printable():
+    text = str(plan(limit=10**9))
+    assert "layer0" in text
+    assert "193,600" in text
+    assert text.splitlines()[-1] == "it does not fit"
+    assert len({len(line) for line in text.splitlines()[:-1]}) == 1
+
+
+def test_free_memory_of_this_machine():
+    free = free_bytes(torch.device("cpu"))
+    assert 10**8 < free < 10**14
+
+
+def test_meminfo(tmp_path: Path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  100 kB\nMemFree:  10 kB\nMemAvailable:   42 kB\n")
+    assert memory._available(meminfo) == 42 * 1024
+    assert memory._available(tmp_path / "absent") > 10**8
+
+
+def group(folder: Path, names: tuple[str, str], limit: str, usage: int, stat: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip((*names, "memory.stat"), (limit, str(usage), stat), strict=True):
+        (folder / name).write_text(f"{text}\n")
+
+
+def test_control_group_version_2_takes_the_tightest_of_the_ancestors(tmp_path: Path):
+    (tmp_path / "self").write_text("0::/outer/inner\n")
+    names = ("memory.max", "memory.current")
+    group(tmp_path / "outer/inner", names, "max", 50, "inactive_file 5")
+    group(tmp_path / "outer", names, "1000", 300, "anon 1\ninactive_file 100")
+    assert memory._group_free(tmp_path / "self", tmp_path) == 800
+    group(tmp_path / "outer/inner", names, "200", 50, "inactive_file 5")
+    assert memory._group_free(tmp_path / "self", tmp_path) == 155
+
+
+def test_control_group_version_1_and_a_containers_own_root(tmp_path: Path):
+    (tmp_path / "self").write_text("9:cpu:/\n4:memory:/docker/name\n")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    group(tmp_path / "memory", names, "1000", 400, "total_inactive_file 50")
+    assert memory._group_free(tmp_path / "self", tmp_path) == 650
+
+
+def test_no_control_group_is_no_limit(tmp_path: Path):
+    assert memory._group_free(tmp_path / "absent", tmp_path) is None
+    (tmp_path / "self").write_text("0::/\n")
+    assert memory._group_free(tmp_path / "self", tmp_path) is None
