@@ -119,7 +119,12 @@ def test_other_networks_give_their_repeated_blocks(name, count, first, block, la
 
 def test_pooled_features_are_found_where_a_function_pools_them():
     pool = auto(layers_of("densenet121"))["pool"]
-    assert (pool.module, pool.after, pool.shape, pool.kind) == ("features", "relu+adaptive_avg_pool2d", (1024, 1, 1), "pool")
+    assert (pool.module, pool.after, pool.shape, pool.kind) == (
+        "features",
+        "relu+adaptive_avg_pool2d",
+        (1024, 1, 1),
+        "pool",
+    )
     assert auto(layers_of("shufflenet_v2_x0_5"))["pool"].shape == (1024,)
 
 

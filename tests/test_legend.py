@@ -59,8 +59,14 @@ def test_clusters_stand_in_the_order_of_their_classes() -> None:
     assert display_order(result).tolist() == [3, 0, 1, 2]
 
 
-def test_the_class_that_is_followed_has_a_cluster_at_the_last_layer() -> None:
-    report = cases.report(layers=2, classes=3, per_class=6, pictures=False)
-    for match, wanted in (([2, 1, 0], 0), ([2, 1, -1], 1)):
-        last = replace(report.results[-1], match=np.array(match))
-        assert followed_class(Report([report.results[0], last], report.samples, {})) == wanted
+def test_the_class_that_is_followed_gains_most_and_has_a_cluster_at_the_last_layer() -> None:
+    report = cases.report(layers=1, classes=3, per_class=6, pictures=False)
+
+    def layer(table: list[list[int]], match: list[int]):
+        return replace(report.results[0], table=np.array(table), match=np.array(match))
+
+    mixed = layer([[4, 1, 3], [1, 4, 2], [1, 1, 1]], [0, 1, 2])
+    apart = layer([[0, 0, 6], [0, 5, 0], [6, 1, 0]], [2, 1, 0])
+    without = layer([[0, 0, 6], [0, 5, 0], [6, 1, 0]], [-1, 1, 0])
+    for results, wanted in (([mixed, apart], 2), ([mixed, apart, without], 0), ([mixed], 0), ([without], 0)):
+        assert followed_class(Report(results, report.samples, {})) == wanted

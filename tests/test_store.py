@@ -14,9 +14,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def filled(batches: list[torch.Tensor], dtype: torch.dtype = torch.float32, n: int | None = None) -> LayerStore:
-    store = LayerStore(
-        n or sum(map(len, batches)), batches[0][0].numel(), dtype, torch.device("cpu"), name="conv1"
-    )
+    store = LayerStore(n or sum(map(len, batches)), batches[0][0].numel(), dtype, torch.device("cpu"), name="conv1")
     for batch in batches:
         store.append(batch)
     store.finish()
@@ -52,6 +50,20 @@ def test_the_rows_are_one_allocation_that_append_does_not_replace():
     assert torch.equal(store.rows, random(6, 2, 2).reshape(6, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_many_megabytes_are_as_small_ones(dtype, monkeypatch):
+    batches = [random(3, 500_000), random(2, 500_000, seed=1)]
+    large = filled(batches, dtype)
+    monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)  # as where there is no such thing
+    assert torch.equal(large.rows, filled(batches, dtype).rows)
+    assert large.rows.is_contiguous()
+    assert large.rows.data_ptr() % 64 == 0
+    view = large.rows[1:2]
+    expected = view.clone()
+    del large
+    assert torch.equal(view, expected)  # the memory lives as long as any view
+
+
 def test_fewer_rows_than_planned_are_a_view_of_the_first():
     store = filled([random(3, 4)], n=10)
     assert store.shape == (3, 4)
@@ -85,7 +97,7 @@ def test_a_non_finite_activation_is_named(dtype, value):
     store.append(random(4, 3, 4))
     bad = random(4, 3, 4)
     bad[2, 1, 3] = value
-    with pytest.raises(InputError, match="conv1: .*image 6, value 7, is"):
+    with pytest.raises(InputError, match=r"conv1: .*image 6, value 7, is"):
         store.append(bad)
 
 
@@ -132,6 +144,22 @@ def test_float16_scale_is_lowered_by_a_later_batch_without_touching_what_the_row
 def test_float16_scale_stays_where_a_later_batch_fits():
     store = filled([random(4, 10), random(4, 10) * 1.5], torch.float16)
     assert store.scale == filled([random(4, 10)], torch.float16).scale
+
+
+def test_a_store_is_a_chunk_source_as_a_tensor_is():
+    from gpuclust.cluster.source import TensorSource
+
+    store, tensor = filled([random(7, 4)], n=9), TensorSource(random(7, 4))
+    assert (store.shape, store.dtype, store.device) == (tensor.shape, tensor.dtype, tensor.device)
+    pairs = list(zip(store.chunks(3), tensor.chunks(3), strict=True))
+    assert all(start == other and torch.equal(rows, same) for (start, rows), (other, same) in pairs)
+    index = torch.tensor([5, 0, 5])
+    taken = store.take(index)
+    assert torch.equal(taken, tensor.take(index))
+    taken.zero_()  # a copy
+    assert torch.equal(store.rows, random(7, 4))
+    with pytest.raises((IndexError, RuntimeError), match="out of range"):
+        store.take(torch.tensor([7]))  # a row that never came is no row
 
 
 @pytest.mark.gpu

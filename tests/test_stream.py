@@ -338,7 +338,10 @@ def test_another_shape_and_another_network_are_refused():
         pytest.raises(InputError, match=r"listed with shape \(2, 2, 2\).*gave \(2, 2, 4, 4\)"),
     ):
         stream.forward(images(2, 1, 6, 6), lambda layer, activation: None)
-    with pytest.raises(InputError, match="no module 'other'"), ActivationStream(module, [Layer("a", "other", "conv", (1,))]):
+    with (
+        pytest.raises(InputError, match="no module 'other'"),
+        ActivationStream(module, [Layer("a", "other", "conv", (1,))]),
+    ):
         pass
     assert not module[0]._forward_hooks
     with pytest.raises(RuntimeError, match="with block"):

@@ -37,9 +37,14 @@ def test_eval_mode_restores_each_module_and_runs_no_train_method():
 
     module = nn.Sequential(Loud(2, 2), nn.Dropout(), nn.BatchNorm1d(2))
     module[1].training = False
-    with pytest.raises(KeyboardInterrupt), eval_mode(module):
-        assert not any(part.training for part in module.modules())
-        raise KeyboardInterrupt
+
+    def interrupt():
+        with eval_mode(module):
+            assert not any(part.training for part in module.modules())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
     assert [part.training for part in module] == [True, False, True]
 
 

@@ -1,4 +1,4 @@
-"""What images there are, by class: a folder of class folders, or a manifest. Nothing is decoded and nothing chosen here."""
+"""What images there are, by class: a folder of class folders, or a manifest. Nothing is decoded or chosen here."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Catalog:
     kind : str
         ``folder``, ``manifest`` or ``dataset``.
     keys : dict of str to list of str
-        The images of each class, classes in their final order: paths relative to `root` in POSIX form, or the indices of a
-        data set in digits.
+        The images of each class, classes in their final order: paths relative to `root` in POSIX form, or the indices
+        of a data set in digits.
     parts : dict of str to tuple of str
         Folder path of each class.
     empty : tuple of str
@@ -70,8 +70,8 @@ def natural(name: str) -> tuple[Any, ...]:
 def read_folder(root: Path, class_level: int | None = None) -> Catalog:
     """List the images below `root`: a class is a folder that directly holds images, named by its path from `root`.
 
-    With `class_level`, paths are cut after so many folders, and images of deeper folders belong to that class. Hidden files
-    and folders are passed over; images directly in `root` are in no class.
+    With `class_level`, paths are cut after so many folders, and images of deeper folders belong to that class. Hidden
+    files and folders are passed over; images directly in `root` are in no class.
 
     Raises
     ------
@@ -137,7 +137,7 @@ def _scan(root: Path) -> tuple[dict[str, list[str]], int]:
 
 
 def _demote_picture_folders(images: dict[str, list[str]]) -> None:
-    """A folder named as a picture that holds none counts as a picture of its parent: a bad one, to be listed as such."""
+    """A folder named as a picture that holds none counts as a picture of its parent: a bad one, listed as such."""
     holding = {parent for folder in images if images[folder] for parent in _upwards(folder)}
     for folder in [name for name in images if name not in holding and name.lower().endswith(SUFFIXES)]:
         parent, _, name = folder.rpartition("/")
@@ -170,8 +170,8 @@ def shown(name: str) -> str:
 def read_manifest(path: Path, class_level: int | None = None) -> Catalog:
     """List the images in a table with the columns path and label (UTF-8, commas; other columns are passed over).
 
-    Relative paths are relative to the table. The parts of a label between slashes are its folder path, which `class_level`
-    cuts. A file that isn't there is found out when it is decoded.
+    Relative paths are relative to the table. The parts of a label between slashes are its folder path, which
+    `class_level` cuts. A file that isn't there is found out when it is decoded.
 
     Raises
     ------

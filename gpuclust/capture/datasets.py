@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 from torch import Tensor
@@ -25,11 +26,12 @@ from torch.utils.data import (
 from gpuclust.capture.catalog import Catalog, natural
 from gpuclust.errors import InputError, UnavailableError
 
+
 def read_dataset(data: Dataset[Any] | DataLoader[Any], name: str | None = None) -> Catalog:
     """List the items of a map-style data set of (image, label) by their label.
 
-    Labels are read from ``.targets``, ``.samples`` or ``.labels`` where the data set keeps them, else by one pass over the
-    items. Classes are named by ``.classes`` where the labels are indices into it, else by the labels.
+    Labels are read from ``.targets``, ``.samples`` or ``.labels`` where the data set keeps them, else by one pass over
+    the items. Classes are named by ``.classes`` where the labels are indices into it, else by the labels.
 
     Parameters
     ----------
@@ -60,14 +62,16 @@ def _fixed_order(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], It
     """The map-style data set behind `data`, and the indices that take part."""
     dataset = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise InputError(f"a data set needs __len__ and __getitem__, so that every pass has one order; got {_name(dataset)}")
+        raise InputError(
+            f"a data set needs __len__ and __getitem__, so that every pass has one order; got {_name(dataset)}"
+        )
     everything = range(len(dataset))
     if not isinstance(data, DataLoader):
         return dataset, everything
     if data.collate_fn is not default_collate and data.batch_size is not None:
         raise InputError(
-            f"the DataLoader's own collate_fn would not be used, since gpuclust makes its own batches of {_name(dataset)}: "
-            "pass loader.dataset if its items alone are what the network sees"
+            "the DataLoader's own collate_fn would not be used, since gpuclust makes its own batches of "
+            f"{_name(dataset)}: pass loader.dataset if its items alone are what the network sees"
         )
     batches = data.batch_sampler
     sampler = batches.sampler if type(batches) is BatchSampler else data.sampler if batches is None else batches
@@ -79,8 +83,8 @@ def _fixed_order(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], It
         shuffles = getattr(sampler, "shuffle", False) is True or order != _flat(sampler)
     if shuffles:
         raise InputError(
-            f"the DataLoader shuffles ({type(sampler).__name__}), and a pass needs a fixed order: pass it without shuffling, "
-            "or pass loader.dataset; per_class and seed choose images at random"
+            f"the DataLoader shuffles ({type(sampler).__name__}), and a pass needs a fixed order: pass it without "
+            "shuffling, or pass loader.dataset; per_class and seed choose images at random"
         )
     return dataset, dict.fromkeys(order)
 
@@ -102,7 +106,9 @@ def _labels(dataset: Dataset[Any], indices: Iterable[int]) -> tuple[dict[int, An
             failed.append((str(i), f"{type(error).__name__}: {error}"))
             continue
         if not isinstance(item, (tuple, list)) or len(item) < 2:
-            raise InputError(f"an item of a data set is (image, label); item {i} of {_name(dataset)} is {type(item).__name__}")
+            raise InputError(
+                f"an item of a data set is (image, label); item {i} of {_name(dataset)} is {type(item).__name__}"
+            )
         labels[i] = _plain(item[1], i)
     return labels, failed
 
@@ -114,9 +120,10 @@ def _stored_labels(dataset: Dataset[Any]) -> Sequence[Any] | None:
         return None if whole is None else [whole[i] for i in dataset.indices]
     if getattr(dataset, "target_transform", None) is not None:
         return None
+    count = len(dataset)  # type: ignore[arg-type]
     for name in ("targets", "samples", "labels"):
         values = getattr(dataset, name, None)
-        if values is not None and hasattr(values, "__getitem__") and len(values) == len(dataset):  # type: ignore[arg-type]
+        if values is not None and hasattr(values, "__getitem__") and len(values) == count:
             if name != "samples":
                 return values.tolist() if hasattr(values, "tolist") else values
             if all(isinstance(value, (tuple, list)) and len(value) == 2 for value in values):
@@ -125,11 +132,15 @@ def _stored_labels(dataset: Dataset[Any]) -> Sequence[Any] | None:
 
 
 def _plain(label: Any, index: int) -> int | float | str:
-    if isinstance(label, (Tensor, np.ndarray, np.generic)) and np.size(label) == 1:
+    if isinstance(label, Tensor):
+        label = label.detach().cpu().numpy()
+    if isinstance(label, (np.ndarray, np.generic)) and label.size == 1:
         label = label.item()
     if isinstance(label, (int, float, str)):
         return label
-    raise InputError(f"a label is one number or text; that of item {index} is {type(label).__name__} {str(label)[:60]!r}")
+    raise InputError(
+        f"a label is one number or text; that of item {index} is {type(label).__name__} {str(label)[:60]!r}"
+    )
 
 
 def _class_names(dataset: Dataset[Any], labels: set[Any]) -> dict[Any, str]:
@@ -185,7 +196,8 @@ def open_torchvision(text: str) -> Dataset[Any]:
         return kind(**options)
     except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
         raise UnavailableError(
-            f"cannot open {text!r}: {error} (gpuclust downloads no data: put the files of {name} under {path or 'ROOT'} first)"
+            f"cannot open {text!r}: {error} (gpuclust downloads no data: put the files of {name} under "
+            f"{path or 'ROOT'} first)"
         ) from error
 
 

@@ -57,8 +57,8 @@ def decode_file(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     Raises
     ------
     BadImage
-        If the file is missing, not a file, unreadable, empty, not an image of `FORMATS`, corrupt or truncated, or has more
-        than `max_pixels` pixels: that is known from its header, before anything is decoded.
+        If the file is missing, not a file, unreadable, empty, not an image of `FORMATS`, corrupt or truncated, or has
+        more than `max_pixels` pixels: that is known from its header, before anything is decoded.
     """
     try:
         mode = os.stat(path).st_mode
@@ -82,8 +82,8 @@ def decode_file(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture in mode RGB: transparency on white, 16 and 32-bit grey scaled to 8 bits and not clipped.
 
-    White is 65535 in 16-bit grey, and in 32-bit integers that keep within 0..65535; 1.0 in floats that keep within 0..1. All
-    other integers and floats are stretched from their least to their greatest value.
+    White is 65535 in 16-bit grey, and in 32-bit integers that keep within 0..65535; 1.0 in floats that keep within
+    0..1. All other integers and floats are stretched from their least to their greatest value.
 
     Raises
     ------
@@ -105,8 +105,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def encode_thumbnail(picture: Image.Image | Tensor) -> bytes:
     """A JPEG file of the picture, its longest side at most `THUMBNAIL_PX`.
 
-    (WebP takes ten times as long to write and saves a tenth.) A tensor ``(c, h, w)`` is stretched from its least to its greatest finite value; of 3 channels or more, the first 3 are
-    red, green and blue, else the first is grey.
+    (WebP takes ten times as long to write and saves a tenth.) A tensor ``(c, h, w)`` is stretched from its least to its
+    greatest finite value; of 3 channels or more, the first 3 are red, green and blue, else the first is grey.
     """
     image = _picture(picture) if isinstance(picture, Tensor) else picture
     shrink = THUMBNAIL_PX / max(image.size)
@@ -121,8 +121,8 @@ def encode_thumbnail(picture: Image.Image | Tensor) -> bytes:
 def _identify(file: IO[bytes]) -> ImageFile.ImageFile:
     """Read the header of an image file.
 
-    This is what `PIL.Image.open` does, but for its check against the global ``Image.MAX_IMAGE_PIXELS``: that could only be
-    passed by changing it for every thread of the user's program. Here `max_pixels` is the limit instead.
+    This is what `PIL.Image.open` does, but for its check against the global ``Image.MAX_IMAGE_PIXELS``: that could only
+    be passed by changing it for every thread of the user's program. Here `max_pixels` is the limit instead.
     """
     prefix = file.read(16)
     if not prefix:

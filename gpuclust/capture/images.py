@@ -8,7 +8,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gpuclust.capture.catalog import Catalog, natural, read_folder, read_manifest, shown
+from gpuclust.capture.catalog import Catalog, read_folder, read_manifest, shown
 from gpuclust.capture.datasets import open_torchvision, read_dataset
 from gpuclust.capture.decode import BadImage
 from gpuclust.capture.loader import (
@@ -34,6 +34,7 @@ from gpuclust.capture.loader import (
     default_workers,
     key_hash,
     load_chunks,
+    random_from,
     shapes_differ,
 )
 from gpuclust.capture.models import import_object
@@ -47,7 +48,7 @@ DATA = (
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image that couldn't be used, and why. `class_name` is empty for an item that failed before its label was known."""
+    """An image that couldn't be used, and why; `class_name` is empty where it failed before its label was known."""
 
     path: str
     class_name: str
@@ -80,7 +81,8 @@ class Batch:
 
     def part(self, start: int, stop: int) -> Batch:
         """Rows `start` to `stop`, images and labels as views."""
-        return Batch(*(rows[start:stop] for rows in (self.images, self.labels, self.paths, self.thumbs)))
+        rows = slice(start, stop)
+        return Batch(self.images[rows], self.labels[rows], self.paths[rows], self.thumbs[rows])
 
 
 def open_images(
@@ -98,9 +100,9 @@ def open_images(
     Parameters
     ----------
     data
-        A folder of class folders; a manifest .csv with the columns path and label; ``torchvision:NAME:ROOT`` with options as
-        in ``?split=test``; ``package.module:callable`` (the current folder is importable) returning a torch Dataset or
-        DataLoader of (image, label); or such an object itself.
+        A folder of class folders; a manifest .csv with the columns path and label; ``torchvision:NAME:ROOT`` with
+        options as in ``?split=test``; ``package.module:callable`` (the current folder is importable) returning a torch
+        Dataset or DataLoader of (image, label); or such an object itself.
     classes
         Names of the classes that take part; all by default.
     class_level
@@ -118,8 +120,8 @@ def open_images(
     Raises
     ------
     InputError
-        If `data` is none of these, isn't there, has fewer than two classes or an empty one, if a class is unknown, or if a
-        class has fewer images than `per_class`.
+        If `data` is none of these, isn't there, has fewer than two classes or an empty one, if a class is unknown, or
+        if a class has fewer images than `per_class`.
     """
     if on_bad_image not in ("skip", "fail"):
         raise InputError(f"on_bad_image is skip or fail; got {on_bad_image!r}")
@@ -128,13 +130,14 @@ def open_images(
             raise InputError(f"{name} is at least 1; got {value}")
     catalog = _read(data, class_level)
     if on_bad_image == "fail" and catalog.unlabelled:
-        raise InputError("image {} of {} cannot be read: {}".format(*catalog.unlabelled[0][:1], catalog.data, catalog.unlabelled[0][1]))
+        key, reason = catalog.unlabelled[0]
+        raise InputError(f"item {key} of {catalog.data} is bad: {reason} (on_bad_image is fail)")
     names = _chosen_classes(catalog, classes)
     smallest = min(names, key=lambda name: len(catalog.keys[name]))
     if per_class is not None and per_class > len(catalog.keys[smallest]):
         raise InputError(
             f"per_class is {per_class}, and class {smallest!r} has {len(catalog.keys[smallest])} images: "
-            f"ask for at most that many, or leave it out with classes"
+            "ask for at most that many, or leave that class out with classes"
         )
     return ImageSource(
         catalog,
@@ -149,8 +152,8 @@ def open_images(
 class ImageSource:
     """Chosen images of chosen classes; made by `open_images`.
 
-    The order of the images is that of the classes, within a class the seeded one, without bad images; their replacements
-    come after all of them, again class by class. It doesn't depend on batch size or workers.
+    The order of the images is that of the classes, within a class the seeded one, without bad images; their
+    replacements come after all of them, again class by class. It doesn't depend on batch size or workers.
 
     Attributes
     ----------
@@ -202,8 +205,8 @@ class ImageSource:
         batch_size
             Images of a batch.
         workers
-            Processes that read ahead; by default one per core up to 8, none for fewer than 64 images, and none where the
-            data set or the transform can't be sent to another process.
+            Processes that read ahead; by default one per core up to 8, none for fewer than 64 images, and none where
+            the data set or the transform can't be sent to another process.
 
         Raises
         ------
@@ -239,8 +242,8 @@ class ImageSource:
     def fingerprint(self) -> str:
         """A hash of the choice, to know whether a run can be resumed: it changes if a chosen file does.
 
-        Of files: path, size and time of change. Of a data set: its name and length, the chosen indices, and the content of
-        the first image of each class.
+        Of files: path, size and time of change. Of a data set: its name and length, the chosen indices, and the content
+        of the first image of each class.
         """
         chosen = [order[: self.per_class] for order in self._orders]
         known = [self._catalog.kind, self.classes, self.seed, self.on_bad_image, self.max_pixels]
@@ -261,12 +264,14 @@ class ImageSource:
         return digest.hexdigest()
 
     def _content(self, key: str) -> bytes:
-        chunk = Chunks(self._reader(), None, [key], 1, self.seed)
         try:
-            image = chunk.read(key)
-        except BadImage as error:
+            with random_from(self.seed, key):
+                image = self._reader().read(key)
+        except BadImage as error:  # that it is one is part of the state
             return str(error).encode()
-        return image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(image, Tensor) else image.tobytes()
+        if isinstance(image, Tensor):
+            return image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return image.tobytes()
 
     def _rank(self, key: str) -> tuple[bytes, str]:
         return key_hash(self.seed, unicodedata.normalize("NFC", key)), key
@@ -282,8 +287,8 @@ class ImageSource:
         self.replaced = 0
         self._delivered = [0] * len(self.classes)
 
-    def _pass(self, transform: Transform | None, size: int, workers: int | None) -> Iterator[Batch]:
-        """All images in batches of any size: first the chosen ones, then rounds of replacements until none is missing."""
+    def _pass(self, transform: Transform | None, size: int, workers: int | None) -> Generator[Batch, None, None]:
+        """All images in batches of any size: the chosen ones, then rounds of replacements until none is missing."""
         self._reset()
         reader = self._reader()
         unsendable = cannot_be_sent(reader, transform)
@@ -322,7 +327,9 @@ class ImageSource:
             raise InputError(f"image {shown(key)} of class {name!r} is bad: {reason} (on_bad_image is fail)")
         self.skipped.append(Skipped(shown(key), name, reason))
         if sum(skipped.class_name == name for skipped in self.skipped) == self.available[name]:
-            raise InputError(f"all {self.available[name]} images of class {name!r} are bad; the last, {shown(key)}: {reason}")
+            raise InputError(
+                f"all {self.available[name]} images of class {name!r} are bad; the last, {shown(key)}: {reason}"
+            )
 
 
 def _read(data: Any, class_level: int | None) -> Catalog:
@@ -340,12 +347,16 @@ def _read(data: Any, class_level: int | None) -> Catalog:
     elif re.fullmatch(r"[^\W\d]\w*(\.\w+)*:\w+(\.\w+)*", text):
         found, name = import_object(text)(), text
         if not isinstance(found, (Dataset, DataLoader)):
-            raise InputError(f"{text} returns a torch Dataset or DataLoader of (image, label); got {type(found).__name__}")
+            raise InputError(
+                f"{text} returns a torch Dataset or DataLoader of (image, label); got {type(found).__name__}"
+            )
     else:
         there = "is a file that is no manifest .csv" if os.path.isfile(text) else "is not there"
         raise InputError(f"{text!r} {there}: {DATA}")
     if class_level is not None:
-        raise InputError(f"class_level cuts folder paths; the classes of a data set have none ({name or type(data).__name__})")
+        raise InputError(
+            f"class_level cuts folder paths; the classes of a data set have none ({name or type(data).__name__})"
+        )
     return read_dataset(found, name)
 
 
@@ -364,17 +375,22 @@ def _chosen_classes(catalog: Catalog, classes: Sequence[str] | None) -> list[str
                 raise InputError(f"class {name!r} of {catalog.data} holds no image")
             if name not in catalog.keys:
                 close = difflib.get_close_matches(name, catalog.keys, n=4, cutoff=0.4) or list(catalog.keys)[:4]
-                raise InputError(f"no class {name!r} in {catalog.data}, which has {len(catalog.keys)}; close: {', '.join(close)}")
+                raise InputError(
+                    f"no class {name!r} in {catalog.data}, which has {len(catalog.keys)}; close: {', '.join(close)}"
+                )
         chosen = [name for name in catalog.keys if name in set(classes)]
     if len(chosen) < 2:
-        raise InputError(f"{catalog.data}: there is one class, {chosen[0]!r}; clusters are compared with two or more")
+        raise InputError(
+            f"clusters are compared with two classes or more; {catalog.data} has {len(catalog.keys)}, of which "
+            f"{len(chosen)} take part: {', '.join(chosen) or 'none'}"
+        )
     return chosen
 
 
-def _regroup(pieces: Iterator[Batch], size: int) -> Iterator[Batch]:
+def _regroup(pieces: Generator[Batch, None, None], size: int) -> Iterator[Batch]:
     """Batches of exactly `size`, the last one aside, from batches of at most `size`."""
     held: list[Batch] = []
-    with closing(pieces):  # type: ignore[type-var]
+    with closing(pieces):
         for piece in pieces:
             held.append(piece)
             count = sum(map(len, held))

@@ -190,7 +190,7 @@ def _choose_auto(module: nn.Module, calls: list[Call], groups: dict[tuple[int, .
                 target = next((c for c in group if not c.after), target)
             chosen[id(target)] = owner.label
             plain.append((target, owner.label))
-        elif call.kind == "pool" and math.prod(call.shape[1:]) == 1:
+        elif call.kind == "pool" and math.prod(call.shape[1:]) == 1 and not _is_window(module, call):
             pools = [c for c in groups[call.key] if c.kind == "pool"]
             pool = min(pools, key=lambda c: (len(c.after), len(c.module)))
             chosen[id(pool)] = "pool" if pool.after or (pool.module.isdigit() and not blocks) else pool.label
@@ -290,6 +290,11 @@ def _find_blocks(root: nn.Module, weighted: Sequence[str]) -> set[str]:
     if len(real(list(walk(root, "", singles=False)))) < 2:
         return set()
     return set(walk(root, "", singles=True))
+
+
+def _is_window(module: nn.Module, call: Call) -> bool:
+    """Whether a pool takes the maximum of windows: only of a small image does it then leave one value per channel."""
+    return not call.after and isinstance(module.get_submodule(call.module), nn.modules.pooling._MaxPoolNd)
 
 
 def _inside(name: str, container: str) -> bool:

@@ -7,9 +7,10 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gpuclust.capture.decode import BadImage, decode_file, encode_thumbnail, to_rgb
-from gpuclust.errors import InputError
+from gpuclust.errors import GpuclustError, InputError
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -60,6 +61,8 @@ class DatasetReader:
             image = self.dataset[int(key)][0]
             if isinstance(image, Image.Image):
                 return to_rgb(image)
+        except BadImage:
+            raise
         except Exception as error:  # whatever a user's data set raises on one item is one bad image
             raise BadImage(f"{type(error).__name__}: {error}") from error
         if not isinstance(image, Tensor):
@@ -81,8 +84,8 @@ class Chunk:
     bad : list of (int, str)
         Positions and reasons of the images that can't be used.
     fault : (str, str), optional
-        What went wrong in the transform or the data set's types, and its traceback: nothing an image is to blame for. It
-        travels as text since not every exception can be pickled.
+        What went wrong in the transform or the data set's types, and its traceback: nothing an image is to blame for.
+        It travels as text since not every exception can be pickled.
     """
 
     images: Tensor
@@ -93,10 +96,10 @@ class Chunk:
 
 
 class Chunks(Dataset[Chunk]):
-    """`keys`, read and transformed `size` at a time; sent to the workers, so all of it can be pickled where they need that.
+    """`keys`, read and transformed `size` at a time; sent to the workers, pickled where they need that.
 
-    Random numbers that an item or the transform draws from Python's, NumPy's or torch's global generators depend on `seed`
-    and the key alone, and leave the generators as they were.
+    Random numbers that an item or the transform draws from Python's, NumPy's or torch's global generators depend on
+    `seed` and the key alone, and leave the generators as they were.
     """
 
     def __init__(self, reader: Reader, transform: Transform | None, keys: list[str], size: int, seed: int) -> None:
@@ -114,7 +117,7 @@ class Chunks(Dataset[Chunk]):
         for position in range(index * self.size, min((index + 1) * self.size, len(self.keys))):
             key = self.keys[position]
             try:
-                with _random_from(self.seed, key):
+                with random_from(self.seed, key):
                     image, thumb = self._load(key)
                 if images and image.shape != images[0].shape:
                     raise ValueError(shapes_differ(images[0].shape, image.shape))
@@ -140,13 +143,15 @@ class Chunks(Dataset[Chunk]):
         return _network_input(self.transform(image)), thumb
 
 
-def load_chunks(chunks: Chunks, workers: int) -> Iterator[Chunk]:
+def load_chunks(chunks: Chunks, workers: int) -> Generator[Chunk, None, None]:
     """The chunks in order, read ahead by `workers` processes (0: by this one). The result doesn't depend on `workers`.
 
     Raises
     ------
     InputError
         If the transform fails, or if what it or the data set gives isn't a picture or tensor of one shape.
+    GpuclustError
+        If one of the processes dies.
     """
     workers = min(workers, len(chunks))
     loader = DataLoader(
@@ -166,6 +171,13 @@ def load_chunks(chunks: Chunks, workers: int) -> Iterator[Chunk]:
                 error.add_note(chunk.fault[1])
                 raise error
             yield chunk
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker .*(exited|killed)", str(error)):
+            raise
+        raise GpuclustError(
+            f"a process that reads images died: {' '.join(str(error).split())}. Most often memory or /dev/shm ran out: "
+            f"take fewer than {workers} workers (--workers), or none (--workers 0)"
+        ) from error
     finally:
         if workers:  # at once, not when the last traceback that holds the iterator is gone
             iterator._shutdown_workers()  # type: ignore[attr-defined]
@@ -189,7 +201,9 @@ def cannot_be_sent(reader: Reader, transform: Transform | None) -> str | None:
 
 
 def shapes_differ(first: tuple[int, ...], other: tuple[int, ...]) -> str:
-    return f"its shape is {tuple(other)} where the images before have {tuple(first)}: a transform that resizes is needed"
+    return (
+        f"its shape is {tuple(other)} where the images before have {tuple(first)}: a transform that resizes is needed"
+    )
 
 
 def key_hash(seed: int, key: str) -> bytes:
@@ -198,7 +212,7 @@ def key_hash(seed: int, key: str) -> bytes:
 
 
 @contextmanager
-def _random_from(seed: int, key: str) -> Iterator[None]:
+def random_from(seed: int, key: str) -> Iterator[None]:
     own = int.from_bytes(key_hash(seed, key)[:4], "little")
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -225,8 +239,8 @@ class _Nowhere:
         return len(data)
 
 
-def _as_it_is(chunk: Chunk) -> Chunk:
-    return chunk
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _start_worker(_: int) -> None:

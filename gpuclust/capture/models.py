@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import http.client
 import importlib
+import io
 import os
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +30,7 @@ Transform = Callable[[Any], Any]
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 # Heads that only training uses, in torchvision's GoogLeNet and Inception: a checkpoint may have them or not.
 AUXILIARY = re.compile(r"^(aux1|aux2|AuxLogits)\.")
+NOTHING = re.compile(r"(?!)")
 # torchvision's published DenseNets keep their old names ("norm.1"), which its own loader renames too.
 OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
 ALLOWED = (
@@ -74,9 +80,10 @@ def load_network(
         A torchvision classifier's name, ``timm:NAME``, ``package.module:callable`` (the current folder is
         importable), a module, or (module, transform).
     weights
-        ``DEFAULT`` (the best published; for a module or callable: as they come), the name of published weights
-        (``IMAGENET1K_V1``; for timm the tag), ``none`` (random, from `seed`), or the path of a checkpoint, which is
-        read by ``torch.load(weights_only=True)`` or safetensors and nothing else.
+        ``DEFAULT`` (the best published), the name of published weights (``IMAGENET1K_V1``; for timm the tag),
+        ``none`` (random, from `seed`), or the path of a checkpoint, which is read by
+        ``torch.load(weights_only=True)`` or safetensors and nothing else. A module or callable brings its own:
+        ``DEFAULT`` takes them as they come, a checkpoint replaces them, and nothing else is allowed.
     seed
         Of the random initialisation.
 
@@ -113,6 +120,8 @@ def import_object(path: str) -> Callable[..., Any]:
     InputError
         If there is no such module, or no such callable in it.
     """
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", path):
+        raise InputError(f"{path!r} is not package.module:callable, as in mynets.small:build")
     module_name, _, name = path.partition(":")
     folder = os.getcwd()
     if folder not in sys.path:
@@ -125,8 +134,6 @@ def import_object(path: str) -> Callable[..., Any]:
         raise InputError(
             f"no module {module_name!r} for {path!r}: it is looked for in {folder} and on sys.path"
         ) from None
-    except ValueError as error:
-        raise InputError(f"{path!r} is not package.module:callable: {error}") from None
     for part in name.split("."):
         if not hasattr(found, part):
             close = difflib.get_close_matches(part, dir(found), n=4)
@@ -157,17 +164,18 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
         try:
             state: Any = load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"{path} is not a safetensors file: {error}") from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} cannot be read as safetensors: {_reason(error)}") from error
     else:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # on old formats that may not load: what doesn't is an error anyway
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # what unpickling a broken or hostile file raises has no bounds
             raise InputError(
-                f"{path} cannot be read as weights alone: {reason} -- "
+                f"{path} cannot be read as weights alone ({_reason(error)}): "
                 "save model.state_dict() with torch.save or safetensors"
-            ) from None
+            ) from error
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -187,8 +195,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     InputError
         For missing, unexpected or wrongly shaped parameters: names the first few.
     """
+    from torchvision.models import GoogLeNet, Inception3
+
     own = module.state_dict()
     given = dict(state)
+    optional = AUXILIARY if isinstance(module, GoogLeNet | Inception3) else NOTHING
     for prefix in ("module.", "_orig_mod.", "model."):
         if all(name.startswith(prefix) for name in given) and not all(name.startswith(prefix) for name in own):
             given = {name.removeprefix(prefix): value for name, value in given.items()}
@@ -197,9 +208,9 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
         name
         for name in own
         # Checkpoints of before batch norm counted its batches are whole; the count takes no part in eval mode.
-        if name not in given and not AUXILIARY.match(name) and not name.endswith("num_batches_tracked")
+        if name not in given and not optional.match(name) and not name.endswith("num_batches_tracked")
     ]
-    unexpected = [name for name in given if name not in own and not AUXILIARY.match(name)]
+    unexpected = [name for name in given if name not in own and not optional.match(name)]
     shapes = [
         f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own
@@ -224,10 +235,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
 def _given(name: str, module: nn.Module, transform: Transform | None, weights: str) -> Network:
     """A module of the user's: its weights are as they come, or a checkpoint's."""
     described = "as given"
-    if weights not in ("DEFAULT", "none"):
-        if not _is_path(weights):
+    if weights != "DEFAULT":
+        if weights == "none" or not _is_path(weights):
             raise InputError(
-                f"{name} brings its own weights: --weights is DEFAULT or a checkpoint's path; got {weights!r}"
+                f"{name} brings its own weights: --weights is DEFAULT, which takes them as they come, or a "
+                f"checkpoint's path; got {weights!r}"
             )
         load_weights(unwrap(module), load_state(weights), weights)
         described = f"file {weights}"
@@ -243,20 +255,19 @@ def _from_torchvision(name: str, weights: str, seed: int) -> Network:
     published = torchvision.models.get_model_weights(name)
     names = list(dict.fromkeys(["DEFAULT", *published.__members__]))
     chosen = published["DEFAULT"] if "DEFAULT" in published.__members__ else next(iter(published), None)
-    # The auxiliary heads of GoogLeNet and Inception take no part in eval mode, and their own initialisation takes
-    # seconds.
-    bare = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    # The auxiliary heads of GoogLeNet and Inception take no part in eval mode; their own initialisation takes a while,
+    # and is only wanted where it stays.
+    bare = {"aux_logits": False, "init_weights": weights == "none"} if name in ("googlenet", "inception_v3") else {}
     notes = {}
     if weights in names and chosen is not None:
         chosen = published[weights]
         try:
-            # Before anything is built, so that a machine without a network is told at once; get_model finds the
-            # file cached.
-            chosen.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "hash" not in str(error):
-                raise
-            raise _unavailable(f"the weights {chosen} of {name} from {chosen.url}", error) from None
+            # Before anything is built, so that a machine without a network is told at once, and read as weights
+            # alone; get_model, which would unpickle anything, then finds this same file cached.
+            with _bar_on_a_terminal() as progress:
+                chosen.get_state_dict(progress=progress, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, http.client.HTTPException) as error:
+            raise _unavailable(f"the weights {chosen} of {name} from {chosen.url}", error) from error
         module = torchvision.models.get_model(name, weights=chosen)
         described, categories = f"{chosen} (torchvision)", tuple(chosen.meta.get("categories", ()))
     elif weights == "none" or _is_path(weights):
@@ -310,12 +321,12 @@ def _from_timm(model: str, weights: str, seed: int) -> Network:
     if pretrained and not tags:
         raise InputError(f"{model} has no published weights: --weights PATH with a local file, or --weights none")
     try:
-        with _seeded(seed):
+        with _seeded(seed), _hub_cache_if_unreachable() if pretrained else nullcontext():
             module = timm.create_model(name, pretrained=pretrained)
-    except Exception as error:
+    except Exception as error:  # the hub's client raises what its HTTP library does
         if not pretrained:
             raise
-        raise _unavailable(f"the weights of {model} from the Hugging Face hub", error) from None
+        raise _unavailable(f"the weights of {model} from the Hugging Face hub", error) from error
     described = f"none (random, seed {seed})"
     if pretrained:
         published = timm.models.get_pretrained_cfg(name)
@@ -335,6 +346,34 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _bar_on_a_terminal() -> Iterator[bool]:
+    """Whether torch should show a download's progress; what it prints apart from that is dropped where it shouldn't."""
+    if sys.stderr.isatty():
+        yield True
+    else:
+        with redirect_stderr(io.StringIO()):
+            yield False
+
+
+@contextmanager
+def _hub_cache_if_unreachable() -> Iterator[None]:
+    """Without a network, let the Hugging Face hub's client look into its cache alone: it retries for 45 s otherwise."""
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
+    except HTTPError:
+        pass  # an answer
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def _module_and_transform(made: Any, source: str) -> tuple[nn.Module, Transform | None]:
@@ -360,7 +399,19 @@ def _close(name: str, known: Iterable[str]) -> str:
 
 
 def _unavailable(what: str, error: Exception) -> UnavailableError:
-    reason = str(getattr(error, "reason", error)).strip().splitlines()[0]
     return UnavailableError(
-        f"cannot get {what} ({reason}): give a local file with --weights PATH, or random weights with --weights none"
+        f"cannot get {what} ({_reason(error)}): give a local file with --weights PATH, or random weights with "
+        "--weights none"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, URLError) and not isinstance(error, HTTPError):
+        return str(error.reason)
+    text = str(error)
+    if "weights_only" in text:  # torch's advice begins with how to switch it off; what was wrong comes further down
+        found = re.search(r"(Trying to load u|U)nsupported ((?!\. )[^\n])*", text)
+        text = found[0] if found else "more than tensors"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

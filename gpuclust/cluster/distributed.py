@@ -17,7 +17,7 @@ class Group(Protocol):
     size: int
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum ``tensor`` over the processes, in place, and return it."""
+        """The sum of ``tensor`` over the processes; ``tensor`` keeps this process's share."""
         ...
 
 
@@ -28,5 +28,5 @@ class OneProcess:
     size = 1
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return ``tensor``: there is nobody to add to."""
+        """``tensor`` itself: there is nobody to add to."""
         return tensor

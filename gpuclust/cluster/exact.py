@@ -1,22 +1,24 @@
 """What makes the labels exact: the reference distance, the error bound of the float32 pass, and the re-check.
 
 **Reference distance.** dist2(x, c) in float64: the difference of each feature, its square, summed by the fixed tree of
-`gpuclust.cluster.sums.tree_sum`, one rounding per operation (no fused multiply-add). `labels_[i]` is its least index of the
+`gpuclust.cluster.sums.tree_sum`, one rounding per operation (no fused multiply-add). `labels_[i]` is the least index of its
 least value over the returned centroids.
 
-**Bound.** A pass in float32 (unit roundoff u = 2**-24) forms x^ = fl((x - m_x) s), c^ = fl((c - m) s) and
-``score_j = bias_j - 2 x^ . c^``. Exactly, ``||x - c||^2 s^2`` is that score plus a term that is the same for all
-centroids of a row. The computed score is off by at most
+**Bound.** A pass in float32 (unit roundoff u = 2**-24) forms x^ = fl((x - m) s), c^ = fl((c - m) s) and
+``score_j = bias_j - 2 x^ . c^`` with bias_j = ||c - m||^2 s^2 (where rows are used as stored, x^ = x and bias_j =
+||c||^2 - ||m||^2). Exactly, ``||x - c||^2 s^2`` is that score plus a term that is the same for all centroids of a row. The
+computed score is off by at most
 
-    2 ||x^|| ||c^|| (g + rho_x + rho_c) + 8 u (|bias_j| + 2 ||x^|| ||c^||) + eta,
+    2 ||x^|| ||c - m|| s (g + rho_x + rho_c) + 8 u (|bias_j| + 2 ||x^|| ||c - m|| s) + eta,
 
 where g = (K + S) u / (1 - (K + S) u) bounds a sum of K products in any order, of which S partial sums are then added
 (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1, with Cauchy-Schwarz for the norms);
 rho_x is u where rows are converted and 0 where they are used as stored; rho_c is u; 8 u covers the rounding of the bias,
 of the bound itself and of the few additions around it; eta covers underflow. The reference distance is within
-(log2 d + 4) 2**-53 of exact, relatively, which is added too, so that a certified label is the label that the reference
-distance gives. Every centroid whose score minus its bound is not above the least score plus bound stays a candidate.
-Where one is left, it is certain. Everything else, NaN and infinity included, is decided by the reference distance.
+(log2 d + 4) 2**-53 of exact, relatively, and ||x - c||^2 <= 2 (||x - m||^2 + ||c - m||^2); that is added too, so that a
+certified label is the label that the reference distance gives. Every centroid whose score less its bound is not above the
+least of score plus bound stays a candidate. Where one is left, it is certain. Everything else, NaN and infinity included,
+is decided by the reference distance.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpuclust.cluster.backends.base import Candidates, Operand
+from gpuclust.cluster.backends.base import Backend, Candidates, Operand
 from gpuclust.cluster.backends.torch import SLICE
 from gpuclust.cluster.sums import tree_sum
 
@@ -35,26 +37,36 @@ _U = 2.0**-24
 _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
-def reference_dist2(x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """Squared Euclidean distance of each row to its centroid, in float64 difference form with a fixed summation tree.
+def reference_dist2(
+    x: torch.Tensor,
+    centroids: torch.Tensor,
+    which: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Squared Euclidean distance of rows to centroids, in float64 difference form with a fixed summation tree.
 
     Parameters
     ----------
     x : (b, d), any floating dtype
-    centroids : (k, d) with ``labels``; else (d,), one for all rows
-    labels : integer (b,), optional
+    centroids : (k, d) with ``which``; else (d,), one for all rows
+    which : integer (p,), optional
+        The centroid of each pair.
+    rows : int64 (p,), optional
+        The row of each pair; all rows in order by default (p = b).
 
     Returns
     -------
-    float64 (b,)
-        The same bits for any ``b`` and on any device with IEEE arithmetic.
+    float64 (p,)
+        The same bits for any ``p`` and on any device with IEEE arithmetic.
     """
-    out = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-    rows = max(1, _BLOCK.get(x.device.type, 1 << 24) // x.shape[1])
-    for start in range(0, x.shape[0], rows):
-        part = slice(start, start + rows)
-        centre = centroids if labels is None else centroids.index_select(0, labels[part])
-        difference = x[part].double()
+    pairs = x.shape[0] if rows is None else rows.shape[0]
+    out = torch.empty(pairs, dtype=torch.float64, device=x.device)
+    size = max(1, _BLOCK.get(x.device.type, 1 << 24) // x.shape[1])
+    for start in range(0, pairs, size):
+        part = slice(start, start + size)
+        row = x[part] if rows is None else x.index_select(0, rows[part])
+        centre = centroids if which is None else centroids.index_select(0, which[part])
+        difference = row.double() if row.dtype != torch.float64 else row.clone()
         difference -= centre.double()
         difference *= difference
         out[part] = tree_sum(difference)
@@ -68,27 +80,32 @@ class Frame:
     Attributes
     ----------
     centre : float64 (d,)
-        m, subtracted from the centroids, and from the rows where they are converted.
+        m, subtracted from the centroids, and from the rows where they are converted; holds values of the rows' dtype
+        (float32 at least), so that scaling it by a power of two is exact.
     converted : bool
         False: float32 rows of modest size and offset, read as stored.
     scale : float
         s, a power of two that brings the largest value near 1.
+    far2 : float
+        The largest squared distance of a row to the centre.
     """
 
     centre: torch.Tensor
     converted: bool
     scale: float
+    far2: float
 
     @classmethod
-    def of(cls, dtype: torch.dtype, centre: torch.Tensor, largest: float, spread: float, offset: float) -> Frame:
-        """Choose from the largest absolute value, the mean squared distance to the centre, and the centre's squared norm.
+    def of(cls, dtype: torch.dtype, centre: torch.Tensor, largest: float, spread: float, far2: float) -> Frame:
+        """Choose from the largest absolute value and the mean (``spread``) and largest squared distance to the centre.
 
         Converting costs a pass over the chunk and takes an offset away; rows that have little of it do without.
         """
+        offset = torch.linalg.vecdot(centre, centre).item()
         if dtype == torch.float32 and 2.0**-20 <= largest <= 2.0**40 and offset <= 8 * spread:
-            return cls(centre, False, 1.0)
+            return cls(centre, False, 1.0, far2)
         exponent = math.frexp(largest)[1] if largest > 0 else 0
-        return cls(centre, True, 2.0 ** -max(-1000, min(1000, exponent)))
+        return cls(centre, True, 2.0 ** -max(-1000, min(1000, exponent)), far2)
 
     def norms(self, dist2: torch.Tensor) -> torch.Tensor:
         """Upper bounds of ||x^||, float32 (b,), from the squared distances (b,) of the rows to the centre."""
@@ -102,33 +119,84 @@ class Frame:
         matrix = torch.empty(r * k, d, dtype=torch.float32, device=flat.device)
         bias = torch.empty(r * k, dtype=torch.float64, device=flat.device)
         square = torch.empty_like(bias)
-        rows = max(1, (1 << 20) // d)
-        for start in range(0, r * k, rows):
-            part = slice(start, start + rows)
+        size = max(1, (1 << 18) // d)
+        for start in range(0, r * k, size):
+            part = slice(start, start + size)
             c = flat[part].double()
             moved = (c - self.centre).mul_(self.scale)
-            matrix[part] = moved
+            torch.mul(moved, -2.0, out=matrix[part]) if dtype == torch.float64 else matrix[part].copy_(moved * -2.0)
             square[part] = torch.linalg.vecdot(moved, moved)
             other = moved if self.converted else (c + self.centre).mul_(self.scale)
             bias[part] = square[part] if self.converted else torch.linalg.vecdot(moved, other)
-        matrix *= -2.0
         terms = min(d, SLICE) + math.ceil(d / SLICE)
         relative = terms * _U / (1 - terms * _U) + (2 if self.converted else 1) * _U + 8 * _U
         reference = (math.log2(d) + 4) * 2.0**-53
-        norm = square.sqrt()
-        # 2**-110 d: what products and conversions lose below the normal range, with the largest value near 1.
-        margin = 8 * _U * bias.abs() + 4 * reference * (square + self._far2()) + d * 2.0**-110
-        slope = 2 * norm * (relative + 4 * reference)
+        # What products and conversions lose below the normal range, with the largest value near 1.
+        underflow = d * 2.0**-110
+        # The bias itself was summed in float64: d 2**-53 of its terms' absolute values.
+        summed = d * 2.0**-52 * (square + (0 if self.converted else 2 * square.sqrt() * self._centre_norm()))
+        margin = 8 * _U * bias.abs() + summed + 4 * reference * (square + self.far2 * self.scale**2) + underflow
+        slope = 2 * square.sqrt() * relative
         inflate = 1 + 2.0**-10
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        shift = (self.centre * self.scale).to(compute) if self.converted else None
         return Operand(
             matrix,
             (bias + margin * inflate).float()[:, None],
             (bias - margin * inflate).float()[:, None],
             (slope * inflate).float()[:, None],
-            shift,
+            (self.centre * self.scale).to(compute) if self.converted else None,
             self.scale,
             r,
             k,
         )
+
+    def _centre_norm(self) -> float:
+        return torch.linalg.vector_norm(self.centre).item() * self.scale
+
+
+def assign_exactly(
+    backend: Backend,
+    x: torch.Tensor,
+    norms: torch.Tensor,
+    centroids: torch.Tensor,
+    operand: Operand,
+    labels: torch.Tensor,
+    precision: str = "exact",
+) -> int:
+    """Label the rows of a chunk: the backend proposes, the reference distance decides what it could not certify.
+
+    Parameters
+    ----------
+    x : (b, d)
+    norms : float32 (b,)
+        `Frame.norms` of the rows.
+    centroids : (r, k, d)
+        In the dtype in which they are returned.
+    operand : Operand
+        `Frame.operand` of the centroids.
+    labels : int32 (r, b), out
+    precision : {"exact", "fast"}
+        ``fast`` takes the least score, unchecked.
+
+    Returns
+    -------
+    int
+        How many of the r * b assignments were re-checked.
+    """
+    candidates = backend.assign(x, norms, operand, labels, precision == "exact")
+    if candidates is None or candidates.row.numel() == 0:
+        return 0
+    return _decide(x, centroids, candidates, labels)
+
+
+def _decide(x: torch.Tensor, centroids: torch.Tensor, candidates: Candidates, labels: torch.Tensor) -> int:
+    """The least reference distance of each (row, restart) among its candidates; the lowest index of a tie."""
+    r, k, d = centroids.shape
+    row, restart, centroid = candidates
+    dist2 = reference_dist2(x, centroids.reshape(r * k, d), restart * k + centroid, row)
+    pair, group = torch.unique_consecutive(row * r + restart, return_inverse=True)
+    least = dist2.new_full(pair.shape, math.inf).scatter_reduce_(0, group, dist2, "amin")
+    tied = torch.where(dist2 == least[group], centroid, k)
+    best = tied.new_full(pair.shape, k).scatter_reduce_(0, group, tied, "amin")
+    labels[pair % r, pair // r] = best.to(labels.dtype)
+    return pair.numel()

@@ -4,9 +4,10 @@ Floating-point addition rounds, so a sum over the rows changes with chunks, thre
 rounded to a multiple of a grid step so coarse that no partial sum can need more than the 53 bits of a float64: then every
 addition is exact, and any order, any blocking and any matrix product gives the same bits.
 
-The steps are powers of two, one per feature: with ``n`` terms of at most ``2**e`` the step is ``2**(e - 51 + ceil(log2 n))``,
-so a term is moved by at most half of that (relative to the largest value: 2**-35 for 70,000 rows). Where that
-is not finer than what the dtype resolves, a second term carries the remainder on a grid finer by the same factor.
+The steps are powers of two, one per feature: with ``n`` terms below ``2**e`` the step is ``2**(e - bits)`` with
+``bits = 51 - ceil(log2(n + 1))``, so a term is moved by at most half of that (relative to the largest value: 2**-35 for
+70,000 rows). Where that is not well below what the dtype resolves, a second level carries the remainder on a grid finer by
+the same factor.
 
 Source of the method: Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013 (pre-rounding).
 """
@@ -48,39 +49,38 @@ class Grid:
     ----------
     magic : tuple of float64 tensors (d,)
         Per level, 1.5 * 2**52 steps: adding and subtracting it rounds to a multiple of the step.
-    bits : int
-        Bits between the largest value and the step of the first level.
     """
 
     magic: tuple[torch.Tensor, ...]
-    bits: int
 
     @classmethod
     def of(cls, largest: torch.Tensor, n: int, dtype: torch.dtype) -> Grid:
-        """The grid for ``n`` terms (n) that are at most ``largest`` (d,) in absolute value and came from ``dtype``."""
+        """The grid for ``n`` terms that are at most ``largest`` (d,) in absolute value and came from ``dtype``."""
         bits = 51 - math.ceil(math.log2(n + 1))
         levels = 1 if bits >= _DIGITS[dtype] + 8 else 2
         exponent = power_above(largest)
         one = torch.full_like(largest, 1.5, dtype=torch.float64)
-        # Below 2**-960 the constant for rounding would itself be subnormal: values so small are taken as zero.
+        # Below 2**-1010 a step would itself be subnormal: values so small are taken as zero.
         steps = [torch.clamp(exponent - bits * (level + 1), min=-1010) for level in range(levels)]
-        return cls(tuple(torch.ldexp(one, step + 52) for step in steps), bits)
+        return cls(tuple(torch.ldexp(one, step + 52) for step in steps))
+
+    @property
+    def levels(self) -> int:
+        return len(self.magic)
 
     def split(self, values: torch.Tensor, start: int = 0) -> list[torch.Tensor]:
-        """``values`` (b, w) float64, features ``start`` to ``start + w``: per level a tensor (b, w) of multiples of its step."""
+        """``values`` (b, w) float64, features ``start`` to ``start + w``: per level, multiples of its step (b, w)."""
         parts = []
         for level, magic in enumerate(self.magic):
             constant = magic[start : start + values.shape[1]]
             part = (values + constant).sub_(constant)
             parts.append(part)
-            if level + 1 < len(self.magic):
+            if level + 1 < self.levels:
                 values = values - part
         return parts
 
 
-def exact_total(values: torch.Tensor) -> float:
-    """The sum of a float64 tensor of finite values, correctly rounded on the host: free of any order.
-
-    For the few numbers per row that a fit ends with; ``values`` is copied to the host (8 bytes a row).
-    """
-    return math.fsum(values.tolist())
+def total(values: torch.Tensor) -> float:
+    """The sum of a float64 tensor (n,) of finite values, free of any order; within 2**-50 of its largest term times n."""
+    grid = Grid.of(values.abs().amax().reshape(1), values.numel(), torch.float64)
+    return sum(part.sum().item() for part in grid.split(values[:, None]))

@@ -105,7 +105,7 @@ def draw_projections(report: Report) -> Figure:
 def draw_figure2(report: Report) -> Figure:
     """The paper's Figure 2: at each layer, the images of the cluster matched to one class, the nearest first.
 
-    The class is the first one that the last layer has a cluster for; a layer without one has an empty row.
+    The class is the one that gains most from layer to layer; a layer without a cluster for it has an empty row.
     """
     samples, results = report.samples, report.results
     shown = followed_class(report)

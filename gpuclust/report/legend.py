@@ -11,51 +11,51 @@ from gpuclust.compare.result import LayerResult
 if TYPE_CHECKING:
     from gpuclust.report.report import Report
 
-# Each score: name on the page, chance in one word, meaning in one line.
+# Each score: name on the page, what its chance level is, meaning in one line.
 SCORES = {
     "accuracy": (
         "accuracy",
-        "by permutation",
+        "the mean of random clusterings",
         "Share of images in the right cluster under the best one-to-one matching of clusters and classes (Hungarian).",
     ),
     "purity": (
         "purity",
-        "by permutation",
+        "the mean of random clusterings",
         "Share of images that belong to the majority class of their cluster. Grows with the number of clusters.",
     ),
     "ari": (
         "ARI",
-        "corrected: 0",
+        "by construction",
         "Adjusted Rand index: pairs of images that clusters and classes treat alike, less what chance gives.",
     ),
     "ami": (
         "AMI",
-        "corrected: 0",
+        "by construction",
         "Adjusted mutual information: what the cluster tells about the class, less what chance gives.",
     ),
     "nmi": (
         "NMI",
-        "not corrected",
+        "not corrected for",
         "Normalised mutual information. Above 0 for random clusters, the more so the more clusters there are.",
     ),
     "homogeneity": (
         "homogeneity",
-        "not corrected",
+        "not corrected for",
         "1 if every cluster holds images of one class only.",
     ),
     "completeness": (
         "completeness",
-        "not corrected",
+        "not corrected for",
         "1 if all images of a class lie in one cluster.",
     ),
     "silhouette": (
         "silhouette",
-        "knows no classes",
+        "none, as it knows nothing of the classes",
         "How much nearer an image is to its own cluster than to the next one, from −1 to 1.",
     ),
     "error": (
         "error",
-        "by permutation",
+        "the mean of random clusterings",
         "1 − accuracy: the misclassification of the paper.",
     ),
 }
@@ -85,6 +85,22 @@ def display_order(result: LayerResult) -> np.ndarray:
 
 
 def followed_class(report: Report) -> int:
-    """The class whose cluster is followed through the layers: the first that the last layer has a cluster for."""
-    matched = report.results[-1].match
-    return int(matched[matched >= 0].min(initial=len(report.samples.classes) - 1))
+    """The class whose cluster is followed through the layers: the one that gains most from the first layer to its best.
+
+    Gain is in the F1 score of the class and the cluster matched to it. Among equals it is the first class that the last
+    layer has a cluster for.
+    """
+    found = np.array([_f1(result) for result in report.results])
+    gain = (found.max(0) - found[0]).round(9)
+    matched = np.isin(np.arange(gain.size), report.results[-1].match)
+    return int(np.argmax(np.where(matched, gain, -1.0)))
+
+
+def _f1(result: LayerResult) -> np.ndarray:
+    """F1 score of each class and the cluster matched to it, float64 (n_classes,); 0 where none is."""
+    clusters = np.flatnonzero(result.match >= 0)
+    classes = result.match[clusters]
+    of_both = result.table.sum(1)[clusters] + result.table.sum(0)[classes]
+    scores = np.zeros(result.table.shape[1])
+    scores[classes] = 2 * result.table[clusters, classes] / np.maximum(of_both, 1)
+    return scores

@@ -25,6 +25,8 @@ IMAGES = 10_000
 POINTS = 4_000
 CELLS = 128  # clusters and classes of a heat map
 SKIPPED = 200
+# What the choice of images says that the page shows by class or elsewhere.
+_REPEATED = ("classes", "class_paths", "available", "delivered", "skipped_per_class")
 SCRIPTS = ("data.js", "trend.js", "images.js", "panels.js", "report.js")
 
 
@@ -44,6 +46,7 @@ def render_page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"label": _label, "quantity": _quantity}
     return environment.get_template("report.html.j2").render(
         **page_context(report),
         data=htmlsafe_json_dumps(page_data(report), dumps=json.dumps, separators=(",", ":"), allow_nan=False),
@@ -87,7 +90,8 @@ def page_context(report: Report) -> dict[str, Any]:
         "skipped": skipped[:SKIPPED],
         "skipped_count": len(skipped),
         "skipped_classes": sorted(Counter(str(item.get("class", "–")) for item in skipped).items()),
-        "images": {key: value for key, value in images.items() if key != "skipped"},
+        "images": {key: value for key, value in images.items() if key not in ("skipped", *_REPEATED)},
+        "by_class": _by_class(samples, images),
         "run": {key: value for key, value in run.items() if key != "images" and value not in (None, {}, [])},
         "plan": _plan(run.get("plan")),
     }
@@ -213,15 +217,14 @@ def _number(value: float | None) -> float | None:
 
 def _row(result: LayerResult) -> dict[str, Any]:
     """A row of the table of layers: per column the value to sort by and the text to show."""
-    cells: dict[str, tuple[Any, str]] = {
-        "kind": (result.kind, result.kind),
-        "shape": (result.d, " × ".join(str(size) for size in result.shape)),
-        "d": (result.d, f"{result.d:,}"),
-    }
+    cells: dict[str, tuple[Any, str]] = {}
     for key in SCORES:
         value = _number(result.scores.get(key))
         cells[key] = ("", "–") if value is None else (value, f"{value:.3f}")
     cells |= {
+        "kind": (result.kind, result.kind),
+        "shape": (result.d, " × ".join(str(size) for size in result.shape)),
+        "values": (result.d, f"{result.d:,}"),
         "inertia": (result.inertia, _large(result.inertia)),
         "iterations": (result.n_iter, str(result.n_iter)),
         "backend": (result.backend, result.backend),
@@ -238,6 +241,34 @@ def _row(result: LayerResult) -> dict[str, Any]:
 
 def _large(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:.4g}"
+
+
+def _by_class(samples: Samples, images: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per class of what the source says of each: everything in ``images`` that is a number by class."""
+    columns = {
+        key: value
+        for key, value in images.items()
+        if isinstance(value, dict) and value and set(value) <= set(samples.classes)
+    }
+    rows = [{"class": name, **{key: value.get(name) for key, value in columns.items()}} for name in samples.classes]
+    return rows if columns else []
+
+
+def _label(key: Any) -> str:
+    """A name of run.json as the page writes it: its unit moves to the number."""
+    text = str(key)
+    for unit in ("_bytes", "_s"):
+        text = text.removesuffix(unit)
+    return text.replace("_", " ")
+
+
+def _quantity(value: float, key: Any) -> str:
+    """A number as a person reads it, with the unit that its name gives."""
+    if str(key) == "bytes" or str(key).endswith("_bytes"):
+        return show_bytes(value)
+    if str(key).endswith("_s"):
+        return f"{value:,.2f} s"
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else f"{value:.6g}"
 
 
 def _plan(plan: Any) -> dict[str, Any]:

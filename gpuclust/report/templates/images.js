@@ -50,22 +50,24 @@ function mix(layer, cluster) {
     bar.append(make("i", { style: `flex:${value};background:${hue(index)}`, title: `${data.classes[index]}: ${value}` }));
   return bar;
 }
-function summary(layer, cluster) {
-  const size = layer.size[cluster], majority = layer.majority[cluster], match = layer.match[cluster];
-  const parts = [`${layer.most[cluster]} of ${size} are ${data.classes[majority]} (${percent(layer.most[cluster], size)})`];
-  if (match < 0) parts.push("no class left to match");
-  else if (match !== majority) parts.push(`matched to ${data.classes[match]}`);
+const named = (layer, cluster) => (layer.match[cluster] < 0 ? layer.majority[cluster] : layer.match[cluster]);
+function summary(layer, cluster) { // how much of a cluster is the class it is named by
+  const size = layer.size[cluster], majority = layer.majority[cluster], name = named(layer, cluster);
+  const count = name === majority ? layer.most[cluster] : countOf(layer, cluster, name);
+  const parts = [count === null ? `${size} images` : `${count} of ${size} are ${data.classes[name]} (${percent(count, size)})`];
+  if (layer.match[cluster] < 0) parts.push("no class left to match");
+  if (name !== majority) parts.push(`the most are ${data.classes[majority]} (${layer.most[cluster]})`);
   return size ? parts.join("; ") : "empty";
 }
 function clusterRows() {
   const layer = layerAt(state.layer);
   const wanted = state.cluster < 0 ? layer.display : [state.cluster];
   const rows = wanted.slice(0, state.rows).map((cluster) => {
-    const name = data.classes[layer.majority[cluster]];
+    const name = named(layer, cluster);
     return make("article", { className: "row", "aria-label": `cluster ${cluster}` },
-      make("div", {}, make("h3", {}, swatch(layer.majority[cluster]), make("span", {}, shorten(name, 40))),
+      make("div", {}, make("h3", {}, swatch(name), make("span", {}, shorten(data.classes[name], 40))),
         make("p", {}, `cluster ${cluster}: ${summary(layer, cluster)}`), mix(layer, cluster)),
-      strip(state.layer, cluster, cluster, true, 2, layer.majority[cluster]));
+      strip(state.layer, cluster, cluster, true, 2, name));
   });
   $("more-rows").hidden = wanted.length <= state.rows;
   $("more-rows").textContent = `show more clusters (${wanted.length - state.rows})`;
@@ -74,11 +76,6 @@ function clusterRows() {
 function countOf(layer, cluster, index) { // images of a class in a cluster, as far as the page has the table
   const row = layer.display.indexOf(cluster), columns = Math.min(data.classes.length, data.cells);
   return row < data.cells && index < columns ? layer.table[row * columns + index] : null;
-}
-function followed(layer, cluster) {
-  const count = countOf(layer, cluster, state.follow), size = layer.size[cluster], majority = layer.majority[cluster];
-  const own = count === null ? `matched to ${data.classes[state.follow]}` : `${count} of ${size} are ${data.classes[state.follow]} (${percent(count, size)})`;
-  return majority === state.follow ? own : `${own}; the most are ${data.classes[majority]} (${layer.most[cluster]})`;
 }
 function layerRows() {
   $("more-rows").hidden = true;
@@ -90,7 +87,7 @@ function layerRows() {
     const row = make("article", { className: index === state.layer ? "row chosen" : "row", "aria-label": layer.layer }, head);
     if (cluster < 0) head.append(make("p", {}, "no cluster is matched to this class"));
     else {
-      head.append(make("p", {}, `cluster ${cluster}: ${followed(layer, cluster)}`), mix(layer, cluster));
+      head.append(make("p", {}, `cluster ${cluster}: ${summary(layer, cluster)}`), mix(layer, cluster));
       row.append(strip(index, cluster, `layer ${index}`, false, 1, state.follow));
     }
     return row;
@@ -115,7 +112,7 @@ function drawRows() {
 function fillClusters() {
   const layer = layerAt(state.layer);
   $("cluster").replaceChildren(make("option", { value: -1 }, `all ${layer.k}`),
-    ...layer.display.map((cluster) => make("option", { value: cluster }, `${cluster}: ${shorten(data.classes[layer.majority[cluster]], 40)}`)));
+    ...layer.display.map((cluster) => make("option", { value: cluster }, `${cluster}: ${shorten(data.classes[named(layer, cluster)], 40)}`)));
   $("cluster").value = state.cluster;
 }
 function buildHero() { // the answer seen: one cluster at the first layer, half way and at the best layer
@@ -124,7 +121,9 @@ function buildHero() { // the answer seen: one cluster at the first layer, half 
     const layer = layerAt(index), cluster = layer.match.indexOf(data.follow);
     if (cluster < 0) continue;
     const row = make("div", { className: "strip" });
-    for (const image of members(layer, cluster).subarray(0, 7)) {
+    const found = members(layer, cluster), many = Math.min(7, found.length);
+    for (let i = 0; i < many; i++) { // evenly from the centroid to the rim, so that they show what the cluster holds
+      const image = found[Math.floor((i + 0.5) * found.length / many)];
       const tile = make("span", { className: "tile", "--hue": hue(label[image]) });
       if (data.thumbs[image]) tile.append(make("img", { src: data.thumbs[image], alt: "" }));
       row.append(tile);
@@ -133,7 +132,7 @@ function buildHero() { // the answer seen: one cluster at the first layer, half 
     $("hero").append(make("p", {}, make("b", {}, layer.layer), count === null ? "" : ` ${count} of ${layer.size[cluster]}`), row);
   }
   $("hero").hidden = !data.thumbs.length || !$("hero").querySelector(".tile");
-  $("hero").append(make("figcaption", {}, `The cluster matched to ${data.classes[data.follow]}, its images nearest to the centroid, and how many of it are ${data.classes[data.follow]}`));
+  $("hero").append(make("figcaption", {}, `The cluster matched to ${data.classes[data.follow]}${last ? ", the class that gains most" : ""}: how many of its images are of that class, and a few of them from the centroid to the rim. The border is the true class.`));
 }
 function buildRows() {
   const all = data.shown === data.images;

@@ -42,7 +42,7 @@ function drawTrend() {
     if (score.chance !== null) {
       svg.append(draw("line", { class: "chance", style: `stroke:${score.hue}`, x1: left, x2: width - right, y1: y(score.chance), y2: y(score.chance) }));
       const key = score.chance.toFixed(2);
-      chances.set(key, [...(chances.get(key) ?? []), score.name]);
+      chances.set(key, [...(chances.get(key) ?? []), score]);
     }
     let path = "", pen = "M";
     data.layers.forEach((layer, index) => {
@@ -59,13 +59,15 @@ function drawTrend() {
     const end = data.layers[last].scores[score.key];
     if (end !== null) labels.push({ y: y(end), text: score.name, value: number(end, 2), fill: score.hue });
   }
-  chances.forEach((names, value) => labels.push({ y: y(+value), text: "chance", value: value.replace("-0.00", "0.00") }));
+  chances.forEach((scores, value) => labels.push({ y: y(+value), text: "chance", value: value.replace("-0.00", "0.00"), dash: scores[0].hue }));
   for (const item of spread(labels, top + 4, base + 6, 15)) {
-    svg.append(draw("circle", { cx: width - right + 12, cy: item.y, r: item.fill ? 4 : 0, style: `fill:${item.fill ?? "none"}` }),
+    const at = width - right + 12;
+    svg.append(item.dash ? draw("line", { class: "chance", style: `stroke:${item.dash}`, x1: at - 7, x2: at + 6, y1: item.y, y2: item.y })
+      : draw("circle", { cx: at, cy: item.y, r: 4, style: `fill:${item.fill}` }),
       draw("text", { x: width - right + 21, y: item.y + 4 }, `${item.text} ${item.value}`));
   }
   data.layers.forEach((layer, index) => {
-    const text = draw("text", { class: index === state.layer ? "on" : "", x: x(index), y: base + 18, "text-anchor": flat ? "middle" : "end" },
+    const text = draw("text", { class: index === state.layer ? "name on" : "name", x: x(index), y: base + 18, "text-anchor": flat ? "middle" : "end" },
       shorten(layer.layer, 22));
     if (!flat) text.setAttribute("transform", slanted ? `rotate(-40 ${x(index) + 4} ${base + 14})` : `translate(${x(index) + 4} ${base + 10}) rotate(-90) translate(${-x(index)} ${-base - 18})`);
     const hit = draw("rect", { class: "hit", x: x(index) - step / 2, y: top, width: step, height: height - top, "data-layer": index });
