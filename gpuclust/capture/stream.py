@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gpuclust.arithmetic import full_precision
 from gpuclust.capture.layers import Layer
 from gpuclust.capture.trace import eval_mode, first_argument, first_tensor, function_name, unwrap
 from gpuclust.errors import InputError
@@ -83,9 +83,7 @@ class ActivationStream:
         self._pass = running = _Pass(self.layers, len(images), write)
         try:
             with ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(torch.autocast(images.device.type, enabled=False))
-                stack.enter_context(_exact_arithmetic())
+                stack.enter_context(full_precision(images.device))
                 if any(layer.after for layer in self.layers):
                     stack.enter_context(running)
                 self.module(images)
@@ -168,35 +166,3 @@ class _Pass(TorchFunctionMode):
     def stop_if_done(self) -> None:
         if not self.wanted:
             raise _Stop
-
-
-@contextmanager
-def _exact_arithmetic() -> Iterator[None]:
-    """Full float32 in convolutions and matrix products, deterministic cuDNN; then the caller's settings again."""
-    backends: Any = torch.backends
-    operations = (
-        backends.cudnn.conv,
-        backends.cudnn.rnn,
-        backends.cuda.matmul,
-        backends.mkldnn.conv,
-        backends.mkldnn.rnn,
-        backends.mkldnn.matmul,
-    )
-    precisions = [operation.fp32_precision for operation in operations]
-    try:
-        allow_tf32 = backends.cudnn.allow_tf32
-    except RuntimeError:  # the caller set convolutions and recurrent layers apart, which `precisions` holds
-        allow_tf32 = None
-    deterministic, benchmark = backends.cudnn.deterministic, backends.cudnn.benchmark
-    try:
-        backends.cudnn.allow_tf32 = False
-        for operation in operations:
-            operation.fp32_precision = "ieee"
-        backends.cudnn.deterministic, backends.cudnn.benchmark = True, False
-        yield
-    finally:
-        backends.cudnn.deterministic, backends.cudnn.benchmark = deterministic, benchmark
-        if allow_tf32 is not None:
-            backends.cudnn.allow_tf32 = allow_tf32
-        for operation, precision in zip(operations, precisions, strict=True):
-            operation.fp32_precision = precision

@@ -30,11 +30,10 @@ import torch
 
 from gpuclust.cluster.backends.base import Backend, Candidates, Operand
 from gpuclust.cluster.backends.torch import SLICE
+from gpuclust.cluster.source import block_rows
 from gpuclust.cluster.sums import tree_sum
 
 _U = 2.0**-24
-# Values per temporary of the float64 difference form: small enough to stay in a processor's cache.
-_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def reference_dist2(
@@ -61,7 +60,7 @@ def reference_dist2(
     """
     pairs = x.shape[0] if rows is None else rows.shape[0]
     out = torch.empty(pairs, dtype=torch.float64, device=x.device)
-    size = max(1, _BLOCK.get(x.device.type, 1 << 24) // x.shape[1])
+    size = block_rows(x.shape[1], x.device)
     for start in range(0, pairs, size):
         part = slice(start, start + size)
         row = x[part] if rows is None else x.index_select(0, rows[part])
@@ -119,12 +118,12 @@ class Frame:
         matrix = torch.empty(r * k, d, dtype=torch.float32, device=flat.device)
         bias = torch.empty(r * k, dtype=torch.float64, device=flat.device)
         square = torch.empty_like(bias)
-        size = max(1, (1 << 18) // d)
+        size = block_rows(d, flat.device)
         for start in range(0, r * k, size):
             part = slice(start, start + size)
             c = flat[part].double()
             moved = (c - self.centre).mul_(self.scale)
-            torch.mul(moved, -2.0, out=matrix[part]) if dtype == torch.float64 else matrix[part].copy_(moved * -2.0)
+            matrix[part] = moved * -2.0
             square[part] = torch.linalg.vecdot(moved, moved)
             other = moved if self.converted else (c + self.centre).mul_(self.scale)
             bias[part] = square[part] if self.converted else torch.linalg.vecdot(moved, other)

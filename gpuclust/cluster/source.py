@@ -39,3 +39,8 @@ class TensorSource:
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         return self.x.index_select(0, index)
+
+
+def block_rows(d: int, device: torch.device) -> int:
+    """Rows of width ``d`` whose float64 copy is cheap to hold: it stays in a processor's cache, or fills a GPU."""
+    return max(1, (1 << 24 if device.type == "cuda" else 1 << 18) // d)

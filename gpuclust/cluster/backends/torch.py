@@ -7,16 +7,17 @@ grows with its length, so short sums that are then added keep the certified marg
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from gpuclust.cluster.backends.base import Candidates, Operand, Problem
+from gpuclust.cluster.source import block_rows
 from gpuclust.cluster.sums import Grid
 
 SLICE = 1024
-# Above this many clusters in all, adding rows one by one beats a product with the matrix of memberships.
-_PRODUCT_CLUSTERS = 256
-# Values that are held as float64 at a time.
-_BLOCK = 1 << 20
+# Adding a row to a sum takes as long as that many rows times one column of a product with the matrix of memberships.
+_PRODUCTS_PER_ADD = 16
 
 
 class TorchBackend:
@@ -34,17 +35,17 @@ class TorchBackend:
         self, x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor, certify: bool
     ) -> Candidates | None:
         r, k, b = operand.restarts, operand.k, x.shape[0]
-        scores = _scores(x, operand).view(r, k, b)
+        flat = _scores(x, operand)
+        scores = flat.view(r, k, b)
         if not certify:
-            scores += operand.high.view(r, k, 1)
+            flat.add_(operand.high)
             labels.copy_(scores.argmin(1))
             return None
         reach = operand.slope * norms
-        scores += operand.high
-        scores.view(r * k, b).add_(reach)
+        flat.add_(reach).add_(operand.high)
         least = scores.amin(1, keepdim=True)
         # What is left of the upper score less twice its bound is the lower score.
-        scores.view(r * k, b).sub_(reach.mul_(2).add_(operand.high - operand.low))
+        flat.sub_(reach.mul_(2)).sub_(operand.high - operand.low)
         # Not "scores <= least": what is not a number must stay possible.
         possible = (scores > least).logical_not_().to(torch.float32)
         # Number of candidates and, where that is one, its index: both exact in float32 below 2**24 clusters.
@@ -67,31 +68,43 @@ class TorchBackend:
         counts: torch.Tensor,
     ) -> None:
         r, k = counts.shape
-        offset = torch.arange(r, device=x.device)[:, None] * k
-        signed = [(plus.long() + offset, 1.0)]
+        changed = torch.ones_like(plus, dtype=torch.bool) if minus is None else plus != minus
+        row, restart = changed.t().nonzero(as_tuple=True)
+        if row.numel() == 0:
+            return
+        cluster, sign = plus[restart, row] + restart * k, torch.ones_like(row, dtype=torch.float64)
         if minus is not None:
-            signed.append((minus.long() + offset, -1.0))
-        for cluster, sign in signed:
-            ones = torch.full((cluster.numel(),), sign, dtype=counts.dtype, device=x.device)
-            counts.view(-1).index_add_(0, cluster.reshape(-1), ones)
-        member = None
-        if r * k <= _PRODUCT_CLUSTERS:
-            member = torch.zeros(r * k, x.shape[0], dtype=torch.float64, device=x.device)
-            for cluster, sign in signed:
-                member.scatter_add_(0, cluster, torch.full_like(cluster, sign, dtype=torch.float64))
-        width = max(64, _BLOCK // x.shape[0])
-        for start in range(0, x.shape[1], width):
-            values = x[:, start : start + width].double()
-            if weights is not None:
-                values *= weights[:, None]
-            for total, part in zip(sums, grid.split(values, start), strict=True):
-                target = total.view(r * k, -1)[:, start : start + width]
-                if member is not None:
-                    target.addmm_(member, part)
-                    continue
-                for cluster, sign in signed:
-                    for restart in range(r):
-                        target.index_add_(0, cluster[restart], part, alpha=sign)
+            cluster = torch.cat([cluster, minus[restart, row] + restart * k])
+            sign = torch.cat([sign, -sign])
+            row = row.repeat(2)
+        counts.view(-1).index_add_(0, cluster, sign)
+
+        target = sums.view(len(sums), r * k, -1)
+        moved = row[: sign.numel() if minus is None else sign.numel() // 2].unique_consecutive()
+        if row.numel() * _PRODUCTS_PER_ADD < moved.numel() * r * k:
+            for part in _parts(row.numel(), x):
+                for level, terms in enumerate(_terms(x, row[part], weights, grid)):
+                    target[level].index_add_(0, cluster[part], terms.mul_(sign[part, None]))
+            return
+        column = torch.searchsorted(moved, row)
+        member = torch.zeros(r * k, moved.numel(), dtype=torch.float64, device=x.device)
+        member[cluster, column] = sign
+        for part in _parts(moved.numel(), x):
+            for level, terms in enumerate(_terms(x, moved[part], weights, grid)):
+                target[level].addmm_(member[:, part], terms)
+
+
+def _parts(count: int, x: torch.Tensor) -> Iterator[slice]:
+    size = block_rows(x.shape[1], x.device)
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _terms(x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, grid: Grid) -> list[torch.Tensor]:
+    """The chosen rows as the sums take them: per level, float64 (rows, d) on the grid."""
+    values = x.index_select(0, rows).double()
+    if weights is not None:
+        values *= weights[rows, None]
+    return grid.split(values)
 
 
 def _scores(x: torch.Tensor, operand: Operand) -> torch.Tensor:

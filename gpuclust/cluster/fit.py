@@ -1,0 +1,222 @@
+"""A whole fit: moments, backend, seeds, restarts in groups that fit the memory, and the best of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from gpuclust.arithmetic import full_precision
+from gpuclust.cluster.backends import choose
+from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.backends.torch import SLICE
+from gpuclust.cluster.distributed import OneProcess
+from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
+from gpuclust.cluster.moments import Moments, centroid_dtype
+from gpuclust.cluster.seeding import choose_plus_plus, choose_random
+from gpuclust.cluster.source import ChunkSource
+from gpuclust.cluster.sums import total
+from gpuclust.config import environment
+
+# Bytes of scores that a pass holds at a time: what a processor's cache takes, or what keeps a GPU busy.
+_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# Bytes for the centroids and sums of the restarts that run together, where no limit is given.
+_BUDGET_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
+# Algebraic inertias that differ by less than this share of the spread are told apart by the rows themselves.
+_ALIKE = 2.0**-36
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit found and how.
+
+    Attributes
+    ----------
+    centroids : (k, d)
+        float64 for float64 rows, else float32.
+    labels : int32 (n,)
+        The nearest of these centroids for each row; the lowest index of a tie.
+    dist2 : float64 (n,)
+        Reference distance of each row to its centroid.
+    inertia : float
+        Weighted sum of ``dist2``.
+    n_iter : int
+        Iterations of the best restart.
+    trace : tuple of float
+        Sum of the squared movements of its centroids in each iteration.
+    backend, solver, precision : str
+        What ran.
+    rejected : dict
+        Backends passed over, with the reason of each.
+    recheck_share : float
+        Share of all assignments, over all restarts and iterations, that the reference distance decided.
+    times : dict
+        Seconds: ``moments_s``, ``seed_s``, ``iterate_s``, ``select_s``.
+    """
+
+    centroids: torch.Tensor
+    labels: torch.Tensor
+    dist2: torch.Tensor
+    inertia: float
+    n_iter: int
+    trace: tuple[float, ...]
+    backend: str
+    solver: str
+    precision: str
+    rejected: dict[str, str]
+    recheck_share: float
+    times: dict[str, float] = field(default_factory=dict)
+
+
+def fit_kmeans(
+    source: ChunkSource,
+    k: int,
+    *,
+    init: str | Sequence[torch.Tensor] = "k-means++",
+    n_init: int = 1,
+    max_iter: int = 300,
+    tol: float = 1e-4,
+    seed: int = 0,
+    weights: torch.Tensor | None = None,
+    precision: str = "exact",
+    backend: str = "auto",
+    memory_limit: int | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Fit:
+    """k-means of the rows of ``source`` (n, d), k <= n.
+
+    Parameters
+    ----------
+    init : {"k-means++", "random"} or sequence of tensors (k, d)
+        Given centroids: one tensor for each of ``n_init`` restarts.
+    tol : float
+        Movement of the centroids, relative to the mean variance of a feature, at which a restart ends.
+    weights : float64 (n,) or None
+        None negative, not all zero.
+    memory_limit : int or None
+        Bytes that may be used beside the rows. It groups the restarts and never changes the result.
+    tell : Callable or None
+        Takes a line about each restart.
+
+    Raises
+    ------
+    InputError
+        For NaN, infinity and values whose squares overflow.
+    UnavailableError
+        If the backend asked for cannot run.
+    """
+    n, d = source.shape
+    device = source.device
+    watch = _Watch(device)
+    with full_precision(device):
+        problem = Problem(n, d, k, source.dtype, device, weights is not None, n_init)
+        runner, rejected = choose(backend, problem)
+        moments = Moments.of(source, 1.0 if weights is None else weights.amax().item())
+        watch.lap("moments_s")
+        budget = memory_limit if memory_limit is not None else _BUDGET_BYTES.get(device.type, 512 << 20)
+        together = max(1, budget // (24 * k * d + 12 * n))
+        lloyd = Lloyd(
+            runner,
+            source,
+            moments,
+            OneProcess(),
+            None if weights is None else Weights(weights),
+            lambda restarts: _chunk_rows(restarts * k, d, device, memory_limit),
+            max_iter=max_iter,
+            tol=tol * moments.spread / (n * d),
+            precision=precision,
+        )
+        solutions: list[Solution] = []
+        for first in range(0, n_init, together):
+            restarts = range(first, min(n_init, first + together))
+            centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
+            if isinstance(init, str):
+                rows = (
+                    choose_random(n, k, seed, restarts, weights)
+                    if init == "random"
+                    else choose_plus_plus(source, moments, k, seed, restarts, weights, budget)
+                )
+                for place, chosen in zip(centroids, rows, strict=True):
+                    place.copy_(source.take(torch.tensor(chosen, device=device)))
+            else:
+                for place, restart in zip(centroids, restarts, strict=True):
+                    place.copy_(init[restart])
+            watch.lap("seed_s")
+            solutions += lloyd.run(centroids)
+            watch.lap("iterate_s")
+        if tell:
+            for restart, found in enumerate(solutions):
+                tell(f"restart {restart}: {found.n_iter} iterations, inertia {found.inertia:.10g}")
+        best, dist2, inertia = _best(source, moments, solutions, weights)
+        watch.lap("select_s")
+    return Fit(
+        best.centroids,
+        best.labels,
+        dist2,
+        inertia,
+        best.n_iter,
+        best.shifts,
+        runner.name,
+        "primal",
+        precision,
+        rejected,
+        lloyd.work.recheck_share,
+        watch.times,
+    )
+
+
+def _best(
+    source: ChunkSource, moments: Moments, solutions: list[Solution], weights: torch.Tensor | None
+) -> tuple[Solution, torch.Tensor, float]:
+    """The restart of least inertia (the first of a tie), by reference distances where it is close."""
+    least = min(solution.inertia for solution in solutions)
+    heaviest = 1.0 if weights is None else max(1.0, weights.amax().item())
+    close = least + _ALIKE * heaviest * moments.spread
+    best: tuple[Solution, torch.Tensor, float] | None = None
+    for solution in solutions:
+        if solution.inertia > close or (best and _same(solution, best[0])):
+            continue
+        dist2 = distances(source, solution.centroids, solution.labels)
+        inertia = total(dist2 if weights is None else dist2 * weights)
+        if best is None or inertia < best[2]:
+            best = solution, dist2, inertia
+    assert best is not None
+    return best
+
+
+def _same(one: Solution, other: Solution) -> bool:
+    """Whether two solutions are one, but for the order of the clusters: restarts often end in the same place."""
+    ordered = []
+    for solution in (one, other):
+        k = len(solution.centroids)
+        first = torch.full((k,), len(solution.labels), dtype=torch.int64, device=solution.labels.device)
+        rows = torch.arange(len(solution.labels), device=solution.labels.device)
+        first.scatter_reduce_(0, solution.labels.long(), rows, "amin")
+        order = first.argsort(stable=True)
+        ordered.append((order.argsort()[solution.labels.long()], solution.centroids[order]))
+    return torch.equal(ordered[0][0], ordered[1][0]) and torch.equal(ordered[0][1], ordered[1][1])
+
+
+def _chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | None) -> int:
+    """Rows of a chunk, with ``clusters`` in all: the scores fit their bytes, and so does a converted slice of rows."""
+    size = environment().chunk_bytes or _CHUNK_BYTES.get(device.type, 64 << 20)
+    if memory_limit is not None:
+        size = min(size, memory_limit // 4)
+    return max(16, min(size // (4 * clusters), 8 * size // (8 * min(d, SLICE))))
+
+
+class _Watch:
+    """Seconds between laps; waits for the device, so that each lap has what was started in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.times = device, dict[str, float]()
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.times[name] = self.times.get(name, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,234 @@
+"""The one Lloyd loop: every restart at once, exact labels in every pass, sums that follow the rows that move.
+
+In each pass all active restarts see a chunk of rows together, so that the rows are read once for all of them. A restart
+retires when its labels repeat, or when its centroids hardly moved (one more pass then makes its labels belong to them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from gpuclust.cluster.backends.base import Backend
+from gpuclust.cluster.distributed import Group
+from gpuclust.cluster.exact import assign_exactly, reference_dist2
+from gpuclust.cluster.moments import Moments
+from gpuclust.cluster.source import ChunkSource, block_rows
+from gpuclust.cluster.sums import Grid, total, tree_sum
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where one restart ended.
+
+    Attributes
+    ----------
+    centroids : (k, d)
+    labels : int32 (n,)
+        The nearest of these centroids.
+    inertia : float
+        From the sums, not from the rows: within rounding of T, the spread of the rows, times 2**-40.
+    n_iter : int
+    shifts : tuple of float
+        Sum of the squared movements of the centroids, one per update.
+    """
+
+    centroids: torch.Tensor
+    labels: torch.Tensor
+    inertia: float
+    n_iter: int
+    shifts: tuple[float, ...]
+
+
+@dataclass
+class Work:
+    """What the passes did: assignments in all, and how many of them the reference distance decided."""
+
+    assigned: int = 0
+    rechecked: int = 0
+
+    @property
+    def recheck_share(self) -> float:
+        return self.rechecked / max(1, self.assigned)
+
+
+class Weights:
+    """Weights of the rows, float64 (n,), split so that their sums are exact, too."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+        grid = Grid.of(values.amax().reshape(1), values.numel(), torch.float64)
+        self._parts = [part[:, 0] for part in grid.split(values[:, None])]
+
+    def per_cluster(self, labels: torch.Tensor, k: int) -> torch.Tensor:
+        """Sum of the weights in each cluster: float64 (levels, r, k) of labels (r, n)."""
+        sums = self.values.new_zeros(len(self._parts), len(labels), k)
+        for level, part in zip(sums, self._parts, strict=True):
+            for row, label in zip(level, labels, strict=True):
+                row.index_add_(0, label, part)
+        return sums
+
+
+class Lloyd:
+    """Restarts on their way; `run` brings all of them to their end.
+
+    Parameters
+    ----------
+    backend, source, moments, group
+        Who computes, on which rows, what is known of them, and the processes that share them.
+    weights : Weights or None
+    chunk_rows : Callable[[int], int]
+        Rows of a chunk for a number of active restarts. The result does not depend on it.
+    max_iter : int
+    tol : float
+        Movement of the centroids (as in ``Solution.shifts``) at which a restart ends.
+    precision : {"exact", "fast"}
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        source: ChunkSource,
+        moments: Moments,
+        group: Group,
+        weights: Weights | None,
+        chunk_rows: Callable[[int], int],
+        *,
+        max_iter: int,
+        tol: float,
+        precision: str,
+    ) -> None:
+        self.backend, self.source, self.moments, self.group = backend, source, moments, group
+        self.weights, self.chunk_rows = weights, chunk_rows
+        self.max_iter, self.tol, self.precision = max_iter, tol, precision
+        self.norms = moments.frame.norms(moments.dist2)
+        self.work = Work()
+
+    def run(self, centroids: torch.Tensor) -> list[Solution]:
+        """Iterate from ``centroids`` (r, k, d), which are overwritten, to a solution per restart."""
+        r, k, d = centroids.shape
+        device, levels = centroids.device, self.moments.grid.levels
+        labels = torch.full((r, self.source.shape[0]), -1, dtype=torch.int32, device=device)
+        sums = torch.zeros(levels, r, k, d, dtype=torch.float64, device=device)
+        counts = torch.zeros(r, k, dtype=torch.float64, device=device)
+        solutions: dict[int, Solution] = {}
+        active, closing = list(range(r)), [False] * r
+        shifts: list[list[float]] = [[] for _ in range(r)]
+        passes = 0
+        while active:
+            changed = self.group.all_reduce(self._pass(centroids, labels, sums, counts, first=passes == 0)).tolist()
+            passes += 1
+            masses = self._masses(labels, counts, k)
+            totals = self.group.all_reduce(sums)
+            staying = []
+            for i, restart in enumerate(active):
+                if closing[i] or not changed[i]:
+                    solutions[restart] = Solution(
+                        centroids[i].clone(),
+                        labels[i].clone(),
+                        self._inertia(centroids[i], totals[:, i], masses[i]),
+                        passes - closing[i],
+                        tuple(shifts[restart]),
+                    )
+                    continue
+                shift = self._update(centroids[i], labels[i], totals[:, i], masses[i])
+                shifts[restart].append(shift)
+                closing[i] = shift <= self.tol or passes >= self.max_iter
+                staying.append(i)
+            if len(staying) < len(active):
+                keep = torch.tensor(staying, dtype=torch.int64, device=device)
+                centroids, labels, counts = centroids[keep], labels[keep], counts[keep]
+                sums = sums[:, keep]
+                active, closing = [active[i] for i in staying], [closing[i] for i in staying]
+        return [solutions[restart] for restart in range(r)]
+
+    def _pass(
+        self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor, *, first: bool
+    ) -> torch.Tensor:
+        """Label all rows and bring the sums up to date: how many labels of each restart changed, int64 (r,)."""
+        r = len(centroids)
+        operand = self.moments.frame.operand(centroids, self.source.dtype)
+        changed = torch.zeros(r, dtype=torch.int64, device=centroids.device)
+        for start, x in self.source.chunks(self.chunk_rows(r)):
+            part = slice(start, start + x.shape[0])
+            old, new = labels[:, part], labels.new_empty(r, x.shape[0])
+            self.work.rechecked += assign_exactly(
+                self.backend, x, self.norms[part], centroids, operand, new, self.precision
+            )
+            changed += (new != old).sum(1)
+            weights = None if self.weights is None else self.weights.values[part]
+            self.backend.accumulate(x, weights, self.moments.grid, new, None if first else old, sums, counts)
+            labels[:, part] = new
+        self.work.assigned += labels.numel()
+        return changed
+
+    def _masses(self, labels: torch.Tensor, counts: torch.Tensor, k: int) -> torch.Tensor:
+        """Weight of each cluster, over all processes, float64 (r, k)."""
+        local = counts[None] if self.weights is None else self.weights.per_cluster(labels, k)
+        return self.group.all_reduce(local).sum(0)
+
+    def _update(self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
+        """Move the centroids (k, d) of one restart to the means of their rows: the sum of the squared movements."""
+        if bool((mass == 0).any()):
+            sums, mass = self._fill_empty(centroids, labels, sums.clone(), mass.clone())
+        means = (sums.sum(0) / mass[:, None]).to(centroids.dtype)
+        # A cluster that gave its last row away stays where it is.
+        means = torch.where(mass[:, None] > 0, means, centroids)
+        shift = tree_sum((means.double() - centroids.double()).square_().view(1, -1)).item()
+        centroids.copy_(means)
+        return shift
+
+    def _fill_empty(
+        self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give each empty cluster the row farthest from its centroid, as scikit-learn does; ties to the lowest index."""
+        empty = (mass == 0).nonzero()[:, 0]
+        dist2 = distances(self.source, centroids, labels)
+        if self.weights is not None:
+            dist2[self.weights.values == 0] = 0
+        far = self._farthest(dist2, labels, empty.numel())
+        for cluster, (distance, old, weight, terms) in zip(empty, far, strict=False):
+            if distance == 0:
+                break
+            sums[:, old] -= terms
+            sums[:, cluster] = terms
+            mass[old] -= weight
+            mass[cluster] = weight
+        return sums, mass
+
+    def _farthest(
+        self, dist2: torch.Tensor, labels: torch.Tensor, count: int
+    ) -> Iterator[tuple[float, int, float, torch.Tensor]]:
+        """The farthest rows of all processes, farthest first: distance, cluster, weight, terms (levels, d)."""
+        order = dist2.sort(descending=True, stable=True).indices[:count]
+        levels, d = self.moments.grid.levels, self.source.shape[1]
+        rows = dist2.new_zeros(self.group.size, count, 3 + levels * d)
+        mine = rows[self.group.rank, : order.numel()]
+        values = self.source.take(order).double()
+        mine[:, 0], mine[:, 1], mine[:, 2] = dist2[order], labels[order].double(), 1.0
+        if self.weights is not None:
+            mine[:, 2] = self.weights.values[order]
+            values *= mine[:, 2:3]
+        mine[:, 3:] = torch.stack(self.moments.grid.split(values), 1).flatten(1)
+        rows = self.group.all_reduce(rows).flatten(0, 1)
+        for row in rows[rows[:, 0].sort(descending=True, stable=True).indices[:count]]:
+            yield row[0].item(), int(row[1]), row[2].item(), row[3:].view(levels, d)
+
+    def _inertia(self, centroids: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
+        """T - 2 sum_j (c_j - m) . (S_j - n_j m) + sum_j n_j ||c_j - m||^2, free of any order."""
+        spread = self.moments.spread if self.weights is None else total(self.moments.dist2 * self.weights.values)
+        moved = centroids.double() - self.moments.mean
+        cross = (sums.sum(0) - mass[:, None] * self.moments.mean).mul_(moved)
+        cross = cross.mul_(-2.0).add_(moved.square_().mul_(mass[:, None]))
+        return spread + tree_sum(cross.view(1, -1)).item()
+
+
+def distances(source: ChunkSource, centroids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Reference distance of every row to its centroid, float64 (n,)."""
+    dist2 = torch.empty(source.shape[0], dtype=torch.float64, device=source.device)
+    for start, x in source.chunks(block_rows(source.shape[1], source.device)):
+        part = slice(start, start + x.shape[0])
+        dist2[part] = reference_dist2(x, centroids, labels[part])
+    return dist2

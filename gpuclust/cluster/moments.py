@@ -1,0 +1,94 @@
+"""Moments: what a fit knows of its rows before it starts: their mean, their spread and the grid of their sums."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from gpuclust.cluster.exact import Frame, reference_dist2
+from gpuclust.cluster.source import ChunkSource, block_rows
+from gpuclust.cluster.sums import Grid, total
+from gpuclust.errors import InputError
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The rows of a source, summed up in a way that does not depend on chunks.
+
+    Attributes
+    ----------
+    mean : float64 (d,)
+        Mean of the rows without weights, rounded to the type of the centroids.
+    dist2 : float64 (n,)
+        Reference distance of each row to the mean.
+    spread : float
+        Sum of ``dist2``.
+    largest : float
+        The largest absolute value.
+    grid : Grid
+        Of sums of weighted rows.
+    frame : Frame
+        Of the float32 passes over the rows.
+    """
+
+    mean: torch.Tensor
+    dist2: torch.Tensor
+    spread: float
+    largest: float
+    grid: Grid
+    frame: Frame
+
+    @classmethod
+    def of(cls, source: ChunkSource, heaviest: float = 1.0) -> Moments:
+        """Read the source three times; ``heaviest`` is the largest weight of a row.
+
+        Raises
+        ------
+        InputError
+            For NaN and infinity (the first of them is named), and for values whose squares leave float64's range.
+        """
+        n, d = source.shape
+        rows = block_rows(d, source.device)
+        largest = torch.zeros(d, dtype=torch.float64, device=source.device)
+        for start, x in source.chunks(rows):
+            low, high = torch.aminmax(x, dim=0)
+            extreme = torch.maximum(-low, high).double()
+            if not bool(extreme.isfinite().all()):
+                _refuse(x, start)
+            torch.maximum(largest, extreme, out=largest)
+        plain = Grid.of(largest, n, source.dtype)
+        sums = torch.zeros(plain.levels, d, dtype=torch.float64, device=source.device)
+        for _, x in source.chunks(rows):
+            for level, terms in enumerate(plain.split(x.double())):
+                sums[level] += terms.sum(0)
+        mean = (sums.sum(0) / n).to(centroid_dtype(source.dtype)).double()
+        dist2 = torch.empty(n, dtype=torch.float64, device=source.device)
+        for start, x in source.chunks(rows):
+            dist2[start : start + x.shape[0]] = reference_dist2(x, mean)
+        far2, most = dist2.amax().item(), largest.amax().item()
+        # Four times the farthest bounds any distance between two rows; sums of n of them must stay finite.
+        if not math.isfinite(8 * far2 * n * max(heaviest, 1.0)):
+            raise InputError(f"values up to {most:.3g} are too large: their squared distances overflow float64; scale X")
+        spread = total(dist2)
+        return cls(
+            mean,
+            dist2,
+            spread,
+            most,
+            Grid.of(largest * heaviest, n, torch.float64 if heaviest != 1.0 else source.dtype),
+            Frame.of(source.dtype, mean, most, spread / n, far2),
+        )
+
+
+def centroid_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which centroids of rows of ``dtype`` are kept and returned: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _refuse(x: torch.Tensor, start: int) -> None:
+    row, column = (int(index) for index in (~x.isfinite()).nonzero()[0])
+    value = x[row, column].item()
+    what = "NaN" if math.isnan(value) else "infinity or a value too large"
+    raise InputError(f"Input X contains {what}: {value} in row {start + row}, column {column} (counted from 0)")
