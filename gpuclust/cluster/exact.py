@@ -28,8 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpuclust.cluster.backends.base import Backend, Candidates, Operand
-from gpuclust.cluster.backends.torch import SLICE
+from gpuclust.cluster.backends.base import SLICE, Backend, Candidates, Operand
 from gpuclust.cluster.source import block_rows
 from gpuclust.cluster.sums import tree_sum
 

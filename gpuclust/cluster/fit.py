@@ -11,17 +11,13 @@ import torch
 from gpuclust.arithmetic import full_precision
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Problem
-from gpuclust.cluster.backends.torch import SLICE
 from gpuclust.cluster.distributed import OneProcess
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.seeding import choose_plus_plus, choose_random
-from gpuclust.cluster.source import ChunkSource
+from gpuclust.cluster.source import ChunkSource, chunk_rows
 from gpuclust.cluster.sums import total
-from gpuclust.config import environment
 
-# Bytes of scores that a pass holds at a time: what a processor's cache takes, or what keeps a GPU busy.
-_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 # Bytes for the centroids and sums of the restarts that run together, where no limit is given.
 _BUDGET_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 # Algebraic inertias that differ by less than this share of the spread are told apart by the rows themselves.
@@ -123,7 +119,7 @@ def fit_kmeans(
             moments,
             OneProcess(),
             None if weights is None else Weights(weights),
-            lambda restarts: _chunk_rows(restarts * k, d, device, memory_limit),
+            lambda restarts: chunk_rows(restarts * k, d, device, memory_limit),
             max_iter=max_iter,
             tol=tol * moments.spread / (n * d),
             precision=precision,
@@ -197,14 +193,6 @@ def _same(one: Solution, other: Solution) -> bool:
         order = first.argsort(stable=True)
         ordered.append((order.argsort()[solution.labels.long()], solution.centroids[order]))
     return torch.equal(ordered[0][0], ordered[1][0]) and torch.equal(ordered[0][1], ordered[1][1])
-
-
-def _chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | None) -> int:
-    """Rows of a chunk, with ``clusters`` in all: the scores fit their bytes, and so does a converted slice of rows."""
-    size = environment().chunk_bytes or _CHUNK_BYTES.get(device.type, 64 << 20)
-    if memory_limit is not None:
-        size = min(size, memory_limit // 4)
-    return max(16, min(size // (4 * clusters), 8 * size // (8 * min(d, SLICE))))
 
 
 class _Watch:

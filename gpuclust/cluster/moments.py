@@ -53,11 +53,7 @@ class Moments:
         rows = block_rows(d, source.device)
         largest = torch.zeros(d, dtype=torch.float64, device=source.device)
         for start, x in source.chunks(rows):
-            low, high = torch.aminmax(x, dim=0)
-            extreme = torch.maximum(-low, high).double()
-            if not bool(extreme.isfinite().all()):
-                _refuse(x, start)
-            torch.maximum(largest, extreme, out=largest)
+            torch.maximum(largest, largest_per_column(x, start), out=largest)
         plain = Grid.of(largest, n, source.dtype)
         sums = torch.zeros(plain.levels, d, dtype=torch.float64, device=source.device)
         for _, x in source.chunks(rows):
@@ -70,7 +66,9 @@ class Moments:
         far2, most = dist2.amax().item(), largest.amax().item()
         # Four times the farthest bounds any distance between two rows; sums of n of them must stay finite.
         if not math.isfinite(8 * far2 * n * max(heaviest, 1.0)):
-            raise InputError(f"values up to {most:.3g} are too large: their squared distances overflow float64; scale X")
+            raise InputError(
+                f"values up to {most:.3g} are too large: their squared distances overflow float64; scale X"
+            )
         spread = total(dist2)
         return cls(
             mean,
@@ -85,6 +83,21 @@ class Moments:
 def centroid_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which centroids of rows of ``dtype`` are kept and returned: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def largest_per_column(x: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """The largest absolute value of each column of rows (b, d), float64 (d,); ``start`` is the first row's number.
+
+    Raises
+    ------
+    InputError
+        For NaN and infinity; the first of them is named.
+    """
+    low, high = torch.aminmax(x, dim=0)
+    largest = torch.maximum(-low, high).double()
+    if not bool(largest.isfinite().all()):
+        _refuse(x, start)
+    return largest
 
 
 def _refuse(x: torch.Tensor, start: int) -> None:

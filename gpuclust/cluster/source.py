@@ -7,6 +7,12 @@ from typing import Protocol
 
 import torch
 
+from gpuclust.cluster.backends.base import SLICE
+from gpuclust.config import environment
+
+# Bytes of scores that a pass holds at a time: what a processor's cache takes, or what keeps a GPU busy.
+_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+
 
 class ChunkSource(Protocol):
     """Rows of one data set, in a fixed order. ``gpuclust.capture.store.LayerStore`` is one, too."""
@@ -44,3 +50,12 @@ class TensorSource:
 def block_rows(d: int, device: torch.device) -> int:
     """Rows of width ``d`` whose float64 copy is cheap to hold: it stays in a processor's cache, or fills a GPU."""
     return max(1, (1 << 24 if device.type == "cuda" else 1 << 18) // d)
+
+
+def chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+    """Rows of a chunk of width ``d`` with ``clusters`` in all: their scores fit the chunk's bytes, and so does a slice of
+    the rows eight times over. GPUCLUST_CHUNK_BYTES sets the bytes; no result depends on them."""
+    size = environment().chunk_bytes or _CHUNK_BYTES.get(device.type, 64 << 20)
+    if memory_limit is not None:
+        size = min(size, memory_limit // 4)
+    return max(16, min(size // (4 * clusters), size // min(d, SLICE)))

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
-from gpuclust.cluster.backends.base import Candidates, Operand, Problem
+from gpuclust.cluster.backends.base import SLICE, Candidates, Operand, Problem
 from gpuclust.cluster.source import block_rows
 from gpuclust.cluster.sums import Grid
 
-SLICE = 1024
 # Adding a row to a sum takes as long as that many rows times one column of a product with the matrix of memberships.
 _PRODUCTS_PER_ADD = 16
 

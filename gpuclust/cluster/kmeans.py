@@ -1,0 +1,372 @@
+"""KMeans: the estimator, with scikit-learn's names and meanings. scikit-learn itself is imported only where it is needed."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from gpuclust.arithmetic import full_precision
+from gpuclust.cluster.backends import choose
+from gpuclust.cluster.backends.base import Backend, Problem
+from gpuclust.cluster.fit import Fit, fit_kmeans
+from gpuclust.cluster.inputs import Rows, is_real, is_whole, read_array, read_rows, read_weights
+from gpuclust.cluster.lloyd import distances
+from gpuclust.cluster.moments import centroid_dtype
+from gpuclust.cluster.predict import dist2_to_all, nearest
+from gpuclust.cluster.source import ChunkSource
+from gpuclust.cluster.sums import total
+from gpuclust.config import BACKENDS, PRECISIONS, SOLVERS
+from gpuclust.errors import InputError, UnavailableError
+
+# Part of the estimator's interface, and not of this version.
+_NOT_YET = {"solver": "dual", "algorithm": "hartigan-wong", "metric": "cosine"}
+
+
+class KMeans:
+    """k-means with exact labels and the same bits for any chunk size and number of threads.
+
+    Parameters and attributes that scikit-learn's KMeans has mean what they mean there.
+
+    Parameters
+    ----------
+    n_clusters : int
+    init : {"k-means++", "random"}, array (n_clusters, d) or callable ``init(X, n_clusters, random_state)``
+    n_init : int or "auto"
+        Restarts. "auto": 1 for k-means++ and for an array, 10 for random and for a callable.
+    max_iter : int
+        Iterations of one restart at most.
+    tol : float
+        Movement of the centroids (sum of squares, relative to the mean variance of a feature) that ends a restart.
+    verbose : int
+        Above 0, a line is printed for each restart.
+    random_state : int, numpy.random.RandomState or None
+    copy_x : bool
+        Without effect: X is never written.
+    algorithm : {"lloyd", "elkan"}
+        Both run Lloyd's, which gives the same labels.
+    metric : {"euclidean"}
+    precision : {"exact", "fast"}
+        "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
+        the lowest index. "fast": the nearest by float32 arithmetic, unchecked.
+    solver : {"auto", "primal"}
+    backend : {"auto", "torch"}
+    device : str, torch.device or None
+        Where to compute; where X is by default.
+    memory_limit : int or None
+        Bytes that may be used beside X. It never changes the result.
+
+    Attributes
+    ----------
+    cluster_centers_ : (n_clusters, d)
+        float64 for float64 X and whole numbers, float32 for float32, float16 and bfloat16.
+    labels_ : int32 (n,)
+    inertia_ : float
+        Sum of squared distances to the nearest centroid, times the weights.
+    n_iter_ : int
+    n_features_in_ : int
+    feature_names_in_ : array of str (d,)
+        Only if X has names of columns that are all strings.
+    fit_report_ : gpuclust.cluster.fit.Fit
+        Backend, solver, rejected backends with reasons, share of re-checked assignments, times.
+
+    Notes
+    -----
+    X is a torch tensor, a NumPy array, anything that offers DLPack or ``__cuda_array_interface__``, a memory-mapped
+    .npy, or a chunk source (`gpuclust.cluster.source.ChunkSource`); results are of the same kind on the same device.
+    Sources of the method: Lloyd, "Least squares quantization in PCM", 1982; see `gpuclust.cluster.seeding` and
+    `gpuclust.cluster.exact` for the rest.
+    """
+
+    _estimator_type = "clusterer"
+
+    cluster_centers_: Any
+    labels_: Any
+    inertia_: float
+    n_iter_: int
+    n_features_in_: int
+    fit_report_: Fit
+
+    def __init__(
+        self,
+        n_clusters: int = 8,
+        *,
+        init: Any = "k-means++",
+        n_init: int | str = "auto",
+        max_iter: int = 300,
+        tol: float = 1e-4,
+        verbose: int = 0,
+        random_state: Any = None,
+        copy_x: bool = True,
+        algorithm: str = "lloyd",
+        metric: str = "euclidean",
+        precision: str = "exact",
+        solver: str = "auto",
+        backend: str = "auto",
+        device: str | torch.device | None = None,
+        memory_limit: int | None = None,
+    ) -> None:
+        self.n_clusters = n_clusters
+        self.init = init
+        self.n_init = n_init
+        self.max_iter = max_iter
+        self.tol = tol
+        self.verbose = verbose
+        self.random_state = random_state
+        self.copy_x = copy_x
+        self.algorithm = algorithm
+        self.metric = metric
+        self.precision = precision
+        self.solver = solver
+        self.backend = backend
+        self.device = device
+        self.memory_limit = memory_limit
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Find the clusters of the rows of ``X`` (n, d); ``sample_weight`` (n,) are weights of at least 0.
+
+        Raises
+        ------
+        InputError (a ValueError)
+            For parameters out of range, NaN or infinity in X (the first is named), more clusters than rows, negative or
+            all-zero weights, ``init`` of another shape.
+        TypeError
+            For sparse X.
+        UnavailableError (a ValueError)
+            For a backend, solver or device that cannot run here.
+        """
+        self._check_parameters()
+        rows = self._read(X, reset=True)
+        source, k = rows.source, int(self.n_clusters)
+        if k > source.shape[0]:
+            raise InputError(f"n_samples={source.shape[0]} should be >= n_clusters={k}.")
+        seed = _seed(self.random_state)
+        init, n_init = self._starts(X, source, seed)
+        fit = fit_kmeans(
+            source,
+            k,
+            init=init,
+            n_init=n_init,
+            max_iter=int(self.max_iter),
+            tol=float(self.tol),
+            seed=seed,
+            weights=read_weights(sample_weight, source),
+            precision=self.precision,
+            backend=self.backend,
+            memory_limit=self.memory_limit,
+            tell=print if self.verbose else None,
+        )
+        found = int(fit.labels.unique().numel())
+        if found < k:
+            from sklearn.exceptions import ConvergenceWarning
+
+            warnings.warn(
+                f"Number of distinct clusters ({found}) found smaller than n_clusters ({k}). "
+                "Possibly due to duplicate points in X.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        self.cluster_centers_ = rows.back(fit.centroids)
+        self.labels_ = rows.back(fit.labels)
+        self.inertia_, self.n_iter_ = fit.inertia, fit.n_iter
+        self.fit_report_ = fit
+        return self
+
+    def predict(self, X: Any) -> Any:
+        """The nearest centroid of each row of ``X`` (n, d): int32 (n,)."""
+        rows, centroids = self._known(X)
+        backend = self._backend(rows.source)
+        with full_precision(rows.source.device):
+            return rows.back(nearest(rows.source, centroids, backend, self.precision, self.memory_limit))
+
+    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
+        """``fit(X)``, then its labels: int32 (n,)."""
+        return self.fit(X, sample_weight=sample_weight).labels_
+
+    def transform(self, X: Any) -> Any:
+        """Distances of the rows of ``X`` (n, d) to the centroids, in their type: (n, n_clusters)."""
+        rows, centroids = self._known(X)
+        out = torch.empty(rows.source.shape[0], len(centroids), dtype=centroids.dtype, device=centroids.device)
+        with full_precision(rows.source.device):
+            for part, dist2 in dist2_to_all(rows.source, centroids):
+                out[part] = dist2.sqrt_()
+        return rows.back(out)
+
+    def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
+        """``fit(X)``, then ``transform(X)``: (n, n_clusters)."""
+        return self.fit(X, sample_weight=sample_weight).transform(X)
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Minus the inertia of ``X`` (n, d) with these centroids."""
+        rows, centroids = self._known(X)
+        source = rows.source
+        weights = read_weights(sample_weight, source)
+        with full_precision(source.device):
+            labels = nearest(source, centroids, self._backend(source), self.precision, self.memory_limit)
+            dist2 = distances(source, centroids, labels)
+            return -total(dist2 if weights is None else dist2 * weights)
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Names of the columns of `transform`: ``kmeans0``, ``kmeans1`` and so on."""
+        self._check_fitted()
+        name = type(self).__name__.lower()
+        return np.asarray([f"{name}{i}" for i in range(len(self.cluster_centers_))], dtype=object)
+
+    # ---- what scikit-learn asks of an estimator
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The parameters by name."""
+        return {
+            name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"
+        }
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters by name.
+
+        Raises
+        ------
+        InputError
+            For a name that is none.
+        """
+        known = self.get_params()
+        for name, value in params.items():
+            if name not in known:
+                raise InputError(
+                    f"Invalid parameter {name!r} for estimator {self!r}. Valid parameters are: {sorted(known)!r}."
+                )
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        defaults = {p.name: p.default for p in inspect.signature(type(self).__init__).parameters.values()}
+        changed = {
+            name: value
+            for name, value in self.get_params().items()
+            if not (value is defaults[name] or (type(value) is type(defaults[name]) and value == defaults[name]))
+        }
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
+
+        return Tags(
+            estimator_type="clusterer",
+            target_tags=TargetTags(required=False),
+            transformer_tags=TransformerTags(preserves_dtype=["float64", "float32"]),
+            input_tags=InputTags(),
+        )
+
+    # ---- inside
+
+    def _check_parameters(self) -> None:
+        name = type(self).__name__
+        for parameter, right, allowed in (
+            ("n_clusters", is_whole(self.n_clusters, 1), "an int in the range [1, inf)"),
+            ("n_init", self.n_init == "auto" or is_whole(self.n_init, 1), "'auto' or an int in the range [1, inf)"),
+            ("max_iter", is_whole(self.max_iter, 1), "an int in the range [1, inf)"),
+            ("tol", is_real(self.tol, 0), "a float in the range [0.0, inf)"),
+            ("algorithm", self.algorithm in ("lloyd", "elkan", "hartigan-wong"), "'lloyd' or 'elkan'"),
+            ("metric", self.metric in ("euclidean", "cosine"), "'euclidean'"),
+            ("precision", self.precision in PRECISIONS, " or ".join(map(repr, PRECISIONS))),
+            ("solver", self.solver in SOLVERS, " or ".join(map(repr, SOLVERS))),
+            ("backend", self.backend in BACKENDS, "one of " + ", ".join(map(repr, BACKENDS))),
+            (
+                "memory_limit",
+                self.memory_limit is None or is_whole(self.memory_limit, 1),
+                "None or an int in the range [1, inf)",
+            ),
+        ):
+            if not right:
+                value = getattr(self, parameter)
+                raise InputError(f"The {parameter!r} parameter of {name} must be {allowed}. Got {value!r} instead.")
+        for parameter, missing in _NOT_YET.items():
+            if getattr(self, parameter) == missing:
+                raise UnavailableError(f"{parameter}={missing!r} is not part of this version of gpuclust")
+
+    def _read(self, X: Any, *, reset: bool) -> Rows:
+        if hasattr(X, "columns") or hasattr(self, "feature_names_in_"):
+            from sklearn.utils.validation import _check_feature_names
+
+            _check_feature_names(self, X, reset=reset)
+        rows = read_rows(X, self.device, type(self).__name__)
+        d = rows.source.shape[1]
+        if reset:
+            self.n_features_in_ = d
+        elif d != self.n_features_in_:
+            raise InputError(
+                f"X has {d} features, but {type(self).__name__} is expecting {self.n_features_in_} features as input."
+            )
+        return rows
+
+    def _known(self, X: Any) -> tuple[Rows, torch.Tensor]:
+        self._check_fitted()
+        rows = self._read(X, reset=False)
+        return rows, read_array(self.cluster_centers_)[0].to(rows.source.device)
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "cluster_centers_"):
+            from sklearn.exceptions import NotFittedError
+
+            raise NotFittedError(
+                f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with appropriate arguments before "
+                "using this estimator."
+            )
+
+    def _backend(self, source: ChunkSource) -> Backend:
+        n, d = source.shape
+        return choose(self.backend, Problem(n, d, len(self.cluster_centers_), source.dtype, source.device))[0]
+
+    def _starts(self, X: Any, source: ChunkSource, seed: int) -> tuple[str | list[torch.Tensor], int]:
+        """What the restarts begin with, and how many there are."""
+        named = isinstance(self.init, str)
+        if named and self.init not in ("k-means++", "random"):
+            raise InputError(
+                f"The 'init' parameter of {type(self).__name__} must be 'k-means++', 'random', a callable or an array. "
+                f"Got {self.init!r} instead."
+            )
+        once = self.init == "k-means++" if named else not callable(self.init)
+        n_init = (1 if once else 10) if self.n_init == "auto" else int(self.n_init)
+        if named:
+            return self.init, n_init
+        if callable(self.init):
+            state = np.random.RandomState(seed % 2**32)
+            return [
+                self._given(self.init(X, self.n_clusters, random_state=state), source) for _ in range(n_init)
+            ], n_init
+        if n_init != 1:
+            warnings.warn(
+                f"Explicit initial center position passed: performing only one init in {type(self).__name__} instead of "
+                f"n_init={n_init}.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return [self._given(self.init, source)], 1
+
+    def _given(self, centroids: Any, source: ChunkSource) -> torch.Tensor:
+        given, _ = read_array(centroids)
+        shape, wanted = tuple(given.shape), (int(self.n_clusters), source.shape[1])
+        for i, what in enumerate(("number of clusters", "number of features of the data")):
+            if shape[i] != wanted[i]:
+                raise InputError(f"The shape of the initial centers {shape} does not match the {what} {wanted[i]}.")
+        values = given.to(source.device, centroid_dtype(source.dtype))
+        if not bool(values.isfinite().all()):
+            raise InputError("The initial centers contain NaN or infinity.")
+        return values
+
+
+def _seed(random_state: Any) -> int:
+    if random_state is None:
+        random_state = np.random.mtrand._rand
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(np.iinfo(np.int32).max))
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(np.iinfo(np.int32).max))
+    if is_whole(random_state, 0):
+        return int(random_state)
+    raise InputError(
+        "The 'random_state' parameter of KMeans must be an int of at least 0, a numpy.random.RandomState or None. "
+        f"Got {random_state!r} instead."
+    )

@@ -1,0 +1,60 @@
+"""What known centroids say about rows: labels, distances, inertia. Rows are read once, in chunks, each on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from gpuclust.cluster.backends.base import Backend
+from gpuclust.cluster.exact import Frame, assign_exactly, reference_dist2
+from gpuclust.cluster.moments import centroid_dtype, largest_per_column
+from gpuclust.cluster.source import ChunkSource, block_rows, chunk_rows
+
+# Below this share of the squared norms, a distance by products has lost too much to cancellation.
+_CANCELLED = 2.0**-20
+
+
+def nearest(
+    source: ChunkSource,
+    centroids: torch.Tensor,
+    backend: Backend,
+    precision: str = "exact",
+    memory_limit: int | None = None,
+) -> torch.Tensor:
+    """The nearest of the centroids (k, d) for every row: int32 (n,).
+
+    Raises
+    ------
+    InputError
+        For NaN and infinity in the rows.
+    """
+    n, d = source.shape
+    labels = torch.empty(1, n, dtype=torch.int32, device=source.device)
+    centre = centroids.double().mean(0).to(centroid_dtype(source.dtype)).double()
+    for start, x in source.chunks(chunk_rows(len(centroids), d, source.device, memory_limit)):
+        largest = largest_per_column(x, start).amax().item()
+        dist2 = reference_dist2(x, centre)
+        frame = Frame.of(source.dtype, centre, largest, dist2.mean().item(), dist2.amax().item())
+        found = labels[:, start : start + x.shape[0]]
+        operand = frame.operand(centroids[None], source.dtype)
+        assign_exactly(backend, x, frame.norms(dist2), centroids[None], operand, found, precision)
+    return labels[0]
+
+
+def dist2_to_all(source: ChunkSource, centroids: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Chunk by chunk, the rows and their squared distances to all centroids (k, d): float64 (b, k).
+
+    By products of centred values in float64; where they cancel, by the difference form.
+    """
+    centre = centroids.double().mean(0)
+    moved = centroids.double() - centre
+    square = torch.linalg.vecdot(moved, moved)
+    for start, x in source.chunks(block_rows(source.shape[1], source.device)):
+        largest_per_column(x, start)
+        rows = x.double() - centre
+        norms = torch.linalg.vecdot(rows, rows)[:, None] + square
+        dist2 = torch.addmm(norms, rows, moved.t(), alpha=-2.0)
+        row, which = (dist2 < norms * _CANCELLED).nonzero(as_tuple=True)
+        dist2[row, which] = reference_dist2(x, centroids, which, row)
+        yield slice(start, start + x.shape[0]), dist2
