@@ -1,24 +1,24 @@
 """What makes the labels exact: the reference distance, the error bound of the float32 pass, and the re-check.
 
-**Reference distance.** dist2(x, c) in float64: the difference of each feature, its square, summed by the fixed tree of
-`gpuclust.cluster.sums.tree_sum`, one rounding per operation (no fused multiply-add). `labels_[i]` is the least index of its
-least value over the returned centroids.
+**Reference distance.** dist2(x, c) in float64: the difference of each feature, its square, summed by the fixed tree
+of `gpuclust.cluster.sums.tree_sum`, one rounding per operation (no fused multiply-add). `labels_[i]` is the least
+index of its least value over the returned centroids.
 
-**Bound.** A pass in float32 (unit roundoff u = 2**-24) forms x^ = fl((x - m) s), c^ = fl((c - m) s) and
-``score_j = bias_j - 2 x^ . c^`` with bias_j = ||c - m||^2 s^2 (where rows are used as stored, x^ = x and bias_j =
-||c||^2 - ||m||^2). Exactly, ``||x - c||^2 s^2`` is that score plus a term that is the same for all centroids of a row. The
+**Bound.** A pass in float32 (unit roundoff u = 2**-24) forms x^ = fl((x - m) s), c^ = fl((c - m) s) and ``score_j =
+bias_j - 2 x^ . c^`` with bias_j = ||c - m||^2 s^2 (where rows are used as stored, x^ = x and bias_j = ||c||^2 -
+||m||^2). Exactly, ``||x - c||^2 s^2`` is that score plus a term that is the same for all centroids of a row. The
 computed score is off by at most
 
     2 ||x^|| ||c - m|| s (g + rho_x + rho_c) + 8 u (|bias_j| + 2 ||x^|| ||c - m|| s) + eta,
 
 where g = (K + S) u / (1 - (K + S) u) bounds a sum of K products in any order, of which S partial sums are then added
 (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1, with Cauchy-Schwarz for the norms);
-rho_x is u where rows are converted and 0 where they are used as stored; rho_c is u; 8 u covers the rounding of the bias,
-of the bound itself and of the few additions around it; eta covers underflow. The reference distance is within
-(log2 d + 4) 2**-53 of exact, relatively, and ||x - c||^2 <= 2 (||x - m||^2 + ||c - m||^2); that is added too, so that a
-certified label is the label that the reference distance gives. Every centroid whose score less its bound is not above the
-least of score plus bound stays a candidate. Where one is left, it is certain. Everything else, NaN and infinity included,
-is decided by the reference distance.
+rho_x is u where rows are converted and 0 where they are used as stored; rho_c is u; 8 u covers the rounding of the
+bias, of the bound itself and of the few additions around it; eta covers underflow. The reference distance is within
+(log2 d + 4) 2**-53 of exact, relatively, and ||x - c||^2 <= 2 (||x - m||^2 + ||c - m||^2); that is added too, so that
+a certified label is the label that the reference distance gives. Every centroid whose score less its bound is not
+above the least of score plus bound stays a candidate. Where one is left, it is certain. Everything else, NaN and
+infinity included, is decided by the reference distance.
 """
 
 from __future__ import annotations
@@ -131,16 +131,22 @@ class Frame:
         reference = (math.log2(d) + 4) * 2.0**-53
         # What products and conversions lose below the normal range, with the largest value near 1.
         underflow = d * 2.0**-110
+        if dtype == torch.float64 and self.far2 < 2.0**-900:
+            underflow = math.inf  # the norms themselves have lost digits: nothing can be certified
+        far2 = (math.sqrt(self.far2) * self.scale) ** 2
         # The bias itself was summed in float64: d 2**-53 of its terms' absolute values.
         summed = d * 2.0**-52 * (square + (0 if self.converted else 2 * square.sqrt() * self._centre_norm()))
-        margin = 8 * _U * bias.abs() + summed + 4 * reference * (square + self.far2 * self.scale**2) + underflow
+        margin = 8 * _U * bias.abs() + summed + 4 * reference * (square + far2) + underflow
         slope = 2 * square.sqrt() * relative
         inflate = 1 + 2.0**-10
+        high, low = bias + margin * inflate, bias - margin * inflate
+        repeated = _repeated(centroids, bias)
+        high[repeated] = low[repeated] = torch.finfo(torch.float32).max
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         return Operand(
             matrix,
-            (bias + margin * inflate).float()[:, None],
-            (bias - margin * inflate).float()[:, None],
+            high.float()[:, None],
+            low.float()[:, None],
             (slope * inflate).float()[:, None],
             (self.centre * self.scale).to(compute) if self.converted else None,
             self.scale,
@@ -150,6 +156,19 @@ class Frame:
 
     def _centre_norm(self) -> float:
         return torch.linalg.vector_norm(self.centre).item() * self.scale
+
+
+def _repeated(centroids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Which of the centroids (r, k, d) equal an earlier one of their restart, which wins every tie: bool (r * k,)."""
+    r, k, _ = centroids.shape
+    repeated = torch.zeros(r, k, dtype=torch.bool, device=centroids.device)
+    ordered = bias.view(r, k).sort(1).values
+    for restart in (ordered[:, 1:] == ordered[:, :-1]).any(1).nonzero()[:, 0].tolist():
+        distinct, which = torch.unique(centroids[restart], dim=0, return_inverse=True)
+        index = torch.arange(k, device=which.device)
+        first = index.new_full((len(distinct),), k).scatter_reduce_(0, which, index, "amin")
+        repeated[restart] = first[which] != index
+    return repeated.view(r * k)
 
 
 def assign_exactly(

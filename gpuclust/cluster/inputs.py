@@ -62,6 +62,7 @@ def read_array(x: Any, name: str = "KMeans") -> tuple[torch.Tensor, Callable[[to
     """An array of any kind as a floating tensor (n, d), and the way back; see `read_rows`."""
     if type(x).__module__.startswith("scipy.sparse") or (isinstance(x, torch.Tensor) and x.layout != torch.strided):
         raise TypeError("Sparse data was passed for X, but dense data is required: use X.toarray() (or X.to_dense()).")
+    back: Callable[[torch.Tensor], Any]
     if isinstance(x, torch.Tensor):
         tensor, back = x.detach(), _to(x.device)
     elif isinstance(x, np.ndarray) or not (hasattr(x, "__dlpack__") or hasattr(x, "__cuda_array_interface__")):
@@ -137,7 +138,8 @@ def _require_rows(tensor: torch.Tensor, given: Any, name: str) -> None:
     for size, what in zip(tensor.shape, ("sample", "feature"), strict=True):
         if size == 0:
             raise InputError(
-                f"Found array with 0 {what}(s) (shape={tuple(tensor.shape)}) while a minimum of 1 is required by {name}."
+                f"Found array with 0 {what}(s) (shape={tuple(tensor.shape)}) while a minimum of 1 is "
+                f"required by {name}."
             )
 
 
@@ -189,7 +191,7 @@ def _to_numpy(result: torch.Tensor) -> np.ndarray:
 
 def is_whole(value: Any, least: int) -> bool:
     """Whether it is a whole number (not a bool) of at least ``least``."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= least)
 
 
 def is_real(value: Any, least: float) -> bool:

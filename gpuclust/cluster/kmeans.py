@@ -1,4 +1,4 @@
-"""KMeans: the estimator, with scikit-learn's names and meanings. scikit-learn itself is imported only where it is needed."""
+"""KMeans: the estimator, with scikit-learn's names and meanings; scikit-learn is imported only where it is needed."""
 
 from __future__ import annotations
 
@@ -338,8 +338,8 @@ class KMeans:
             ], n_init
         if n_init != 1:
             warnings.warn(
-                f"Explicit initial center position passed: performing only one init in {type(self).__name__} instead of "
-                f"n_init={n_init}.",
+                f"Explicit initial center position passed: performing only one init in {type(self).__name__} "
+                f"instead of n_init={n_init}.",
                 RuntimeWarning,
                 stacklevel=3,
             )

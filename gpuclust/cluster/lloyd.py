@@ -183,7 +183,7 @@ class Lloyd:
     def _fill_empty(
         self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give each empty cluster the row farthest from its centroid, as scikit-learn does; ties to the lowest index."""
+        """Give each empty cluster the row farthest from its centroid (ties: lowest index), as in scikit-learn."""
         empty = (mass == 0).nonzero()[:, 0]
         dist2 = distances(self.source, centroids, labels)
         if self.weights is not None:

@@ -1,12 +1,14 @@
 """Where the restarts begin: greedy k-means++ or random distinct rows, the same on any device and for any chunks.
 
-k-means++ draws a row with probability proportional to its squared distance to the nearest centroid so far, so a sum that
-rounds differently would draw another row. Here the distances are whole numbers: the rows are rounded to a grid (an image
-of about 18 bits per value) on which products of any order are exact in float64, and potentials are int64. Where the image
-is too coarse for what is left to cover (tight groups beside a far outlier), the restart goes on with reference distances.
+k-means++ draws a row with probability proportional to its squared distance to the nearest centroid so far, so a sum
+that rounds differently would draw another row. Here the distances are whole numbers: the rows are rounded to a grid
+(an image of about 18 bits per value) on which products of any order are exact in float64, and potentials are int64.
+Where the image is too coarse for what is left to cover (tight groups beside a far outlier), the restart goes on with
+reference distances.
 
-Sources: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007; the greedy form, which takes
-the best of 2 + log k draws, as in scikit-learn. Random numbers: Philox, Salmon et al., SC 2011, keyed by seed and restart.
+Sources: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007; the greedy form, which
+takes the best of 2 + log k draws, as in scikit-learn. Random numbers: Philox, Salmon et al., SC 2011, keyed by seed
+and restart.
 """
 
 from __future__ import annotations
@@ -140,7 +142,7 @@ class _PlusPlus:
         return torch.stack([self._pick(heap, bits, self.trials) for heap, bits in zip(heaps, self.bits, strict=True)])
 
     def _cover(self, tried: torch.Tensor) -> list[int]:
-        """Keep of the rows tried (r, t) the one that leaves the least potential (the first of a tie), and its distances."""
+        """Of the rows tried (r, t) keep the one that leaves the least potential (ties: the first)."""
         r, trials = tried.shape
         units = self._units()
         kept = self.closest.new_empty(r, trials, self.n) if self.keeps else None

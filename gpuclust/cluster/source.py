@@ -1,4 +1,4 @@
-"""Where the rows come from: a chunk source hands them out in order, a chunk at a time, as often as they are asked for."""
+"""Where the rows come from: a chunk source hands them out in order, chunk by chunk, as often as it is asked."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def block_rows(d: int, device: torch.device) -> int:
 
 
 def chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
-    """Rows of a chunk of width ``d`` with ``clusters`` in all: their scores fit the chunk's bytes, and so does a slice of
-    the rows eight times over. GPUCLUST_CHUNK_BYTES sets the bytes; no result depends on them."""
+    """Rows of a chunk of width ``d`` whose scores, with ``clusters`` in all, fit the chunk's bytes, and a slice of
+    which is no more than eight times that as float64. GPUCLUST_CHUNK_BYTES sets them; no result depends on them."""
     size = environment().chunk_bytes or _CHUNK_BYTES.get(device.type, 64 << 20)
     if memory_limit is not None:
         size = min(size, memory_limit // 4)

@@ -1,13 +1,13 @@
 """Sums that do not depend on the order of their terms.
 
-Floating-point addition rounds, so a sum over the rows changes with chunks, threads and processes. Here every term is first
-rounded to a multiple of a grid step so coarse that no partial sum can need more than the 53 bits of a float64: then every
-addition is exact, and any order, any blocking and any matrix product gives the same bits.
+Floating-point addition rounds, so a sum over the rows changes with chunks, threads and processes. Here every term is
+first rounded to a multiple of a grid step so coarse that no partial sum can need more than the 53 bits of a float64:
+then every addition is exact, and any order, any blocking and any matrix product gives the same bits.
 
 The steps are powers of two, one per feature: with ``n`` terms below ``2**e`` the step is ``2**(e - bits)`` with
-``bits = 51 - ceil(log2(n + 1))``, so a term is moved by at most half of that (relative to the largest value: 2**-35 for
-70,000 rows). Where that is not well below what the dtype resolves, a second level carries the remainder on a grid finer by
-the same factor.
+``bits = 51 - ceil(log2(n + 1))``, so a term is moved by at most half of that (relative to the largest value: 2**-35
+for 70,000 rows). Where that is not well below what the dtype resolves, a second level carries the remainder on a grid
+finer by the same factor.
 
 Source of the method: Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013 (pre-rounding).
 """
@@ -81,6 +81,6 @@ class Grid:
 
 
 def total(values: torch.Tensor) -> float:
-    """The sum of a float64 tensor (n,) of finite values, free of any order; within 2**-50 of its largest term times n."""
+    """The sum of finite float64 values (n,), free of any order; within 2**-50 of its largest term times n."""
     grid = Grid.of(values.abs().amax().reshape(1), values.numel(), torch.float64)
     return sum(part.sum().item() for part in grid.split(values[:, None]))

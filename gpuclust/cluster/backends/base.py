@@ -13,8 +13,8 @@ import torch
 
 from gpuclust.cluster.sums import Grid
 
-# Products are summed over at most so many features before these partial sums are added: the worst-case error of a float32
-# sum grows with its length, so the bound of `gpuclust.cluster.exact` stays narrow for any width.
+# Products are summed over at most so many features before these partial sums are added: the worst-case error of a
+# float32 sum grows with its length, so the bound of `gpuclust.cluster.exact` stays narrow for any width.
 SLICE = 1024
 
 
