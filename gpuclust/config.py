@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from operator import index
+from typing import Any
 
 from gpuclust.errors import InputError
 
@@ -66,6 +71,58 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise InputError(f"{name} is a whole number of at least {least}; got {value!r}")
+
+
+def read_options(given: Mapping[str, Any]) -> Options:
+    """Options from keyword arguments, each as a person would write it.
+
+    Names may be one text with commas, ``memory_limit`` a text as `parse_bytes` takes it, numbers of any integer type,
+    ``device`` a torch.device, ``weights`` a path; None means the default.
+
+    Raises
+    ------
+    InputError
+        For an unknown option, with close names, and for a value that is not allowed.
+    """
+    known = [field.name for field in fields(Options)]
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in known:
+            from difflib import get_close_matches
+
+            close = get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f"close: {', '.join(close)}" if close else f"there are {', '.join(known)}"
+            raise InputError(f"there is no option {name!r}; {hint}")
+        if value is None:
+            continue
+        if name in ("layers", "classes"):
+            value = tuple(split_names(value)) if isinstance(value, str) else tuple(map(str, value))
+        elif name == "memory_limit" and isinstance(value, str):
+            value = parse_bytes(value)
+        elif name in ("device", "weights"):
+            value = str(value)
+        elif hasattr(value, "__index__") and not isinstance(value, bool):
+            value = index(value)
+        values[name] = value
+    return Options(**values)
+
+
+def split_names(text: str) -> list[str]:
+    """Names between commas; one that holds a comma stands in double quotes."""
+    names = next(csv.reader([text], skipinitialspace=True), [])
+    return [name.strip() for name in names if name.strip()]
+
+
+def command_line(model: str, data: str, options: Options) -> str:
+    """The command that asks for this run."""
+    words = ["gpuclust", "run", data, "--model", model]
+    for field in fields(Options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            if isinstance(value, tuple):
+                value = ",".join(f'"{name}"' if "," in name else name for name in value)
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,11 @@ class MemoryPlan:
     def table(self) -> list[dict[str, Any]]:
         """One row per layer: layer, module, values per image, bytes."""
         return [{"layer": row.name, "module": row.module, "d": row.d, "bytes": row.bytes} for row in self.rows]
+
+    def describe(self) -> dict[str, Any]:
+        """The plan for JSON: its layers as in `table`, and its terms in bytes."""
+        terms = {name: value for name, value in asdict(self).items() if name.endswith("_bytes")}
+        return {"layers": self.table(), **terms, "peak_bytes": self.total_bytes, "dtype": self.dtype}
 
     def __str__(self) -> str:
         lines = [(row.name, row.module, f"{row.d:,}", _gigabytes(row.bytes)) for row in self.rows]

@@ -70,7 +70,11 @@ class Network:
 
 
 def load_network(
-    model: str | nn.Module | tuple[nn.Module, Transform | None], weights: str = "DEFAULT", *, seed: int = 0
+    model: str | nn.Module | tuple[nn.Module, Transform | None],
+    weights: str = "DEFAULT",
+    *,
+    seed: int = 0,
+    download: bool = True,
 ) -> Network:
     """The network that `model` names, with `weights`.
 
@@ -86,6 +90,9 @@ def load_network(
         ``DEFAULT`` takes them as they come, a checkpoint replaces them, and nothing else is allowed.
     seed
         Of the random initialisation.
+    download
+        False: published weights are not fetched but random ones put in their place, for what depends on the network and
+        its transform alone.
 
     Raises
     ------
@@ -102,14 +109,14 @@ def load_network(
     if not isinstance(model, str):
         raise InputError(f"model is {ALLOWED}, or such a module itself; got {type(model).__name__}")
     if model.startswith("timm:"):
-        return _from_timm(model, weights, seed)
+        return _from_timm(model, weights, seed, download)
     if ":" in model:
         make = import_object(model)
         with _seeded(seed):
             made = make()
         module, transform = _module_and_transform(made, model)
         return _given(model, module.eval(), transform, weights)
-    return _from_torchvision(model, weights, seed)
+    return _from_torchvision(model, weights, seed, download)
 
 
 def import_object(path: str) -> Callable[..., Any]:
@@ -246,7 +253,7 @@ def _given(name: str, module: nn.Module, transform: Transform | None, weights: s
     return Network(name, module, transform, _crop_shape(transform), described)
 
 
-def _from_torchvision(name: str, weights: str, seed: int) -> Network:
+def _from_torchvision(name: str, weights: str, seed: int, download: bool) -> Network:
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
@@ -259,8 +266,10 @@ def _from_torchvision(name: str, weights: str, seed: int) -> Network:
     # and is only wanted where it stays.
     bare = {"aux_logits": False, "init_weights": weights == "none"} if name in ("googlenet", "inception_v3") else {}
     notes = {}
-    if weights in names and chosen is not None:
+    pretrained = weights in names and chosen is not None
+    if pretrained:
         chosen = published[weights]
+    if pretrained and download:
         try:
             # Before anything is built, so that a machine without a network is told at once, and read as weights
             # alone; get_model, which would unpickle anything, then finds this same file cached.
@@ -270,11 +279,11 @@ def _from_torchvision(name: str, weights: str, seed: int) -> Network:
             raise _unavailable(f"the weights {chosen} of {name} from {chosen.url}", error) from error
         module = torchvision.models.get_model(name, weights=chosen)
         described, categories = f"{chosen} (torchvision)", tuple(chosen.meta.get("categories", ()))
-    elif weights == "none" or _is_path(weights):
+    elif pretrained or weights == "none" or _is_path(weights):
         with _seeded(seed):
             module = torchvision.models.get_model(name, weights=None, **bare)
         described, categories = f"none (random, seed {seed})", ()
-        if weights != "none":
+        if weights != "none" and not pretrained:
             state = load_state(weights)
             load_weights(module, state, weights)
             described = f"file {weights}"
@@ -295,7 +304,7 @@ def _from_torchvision(name: str, weights: str, seed: int) -> Network:
     return Network(name, module.eval(), transform, _crop_shape(transform), described, categories, notes)
 
 
-def _from_timm(model: str, weights: str, seed: int) -> Network:
+def _from_timm(model: str, weights: str, seed: int, download: bool) -> Network:
     try:
         import timm
         import timm.data
@@ -318,6 +327,8 @@ def _from_timm(model: str, weights: str, seed: int) -> Network:
         raise InputError(
             f"unknown weights in {model!r}{_close(name.partition('.')[2], tags)}; allowed: {', '.join(tags)}"
         )
+    if pretrained and not download:
+        pretrained, weights = False, "none"
     if pretrained and not tags:
         raise InputError(f"{model} has no published weights: --weights PATH with a local file, or --weights none")
     try:

@@ -108,7 +108,7 @@ class LayerResult:
     @classmethod
     def load(cls, path: Path) -> LayerResult:
         """Read what ``save`` wrote."""
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as whole, np.load(whole, allow_pickle=False) as file:
             plain = json.loads(str(file["plain"]))
             arrays = {name: file[name] for name in _ARRAYS}
         plain["shape"] = tuple(plain["shape"])

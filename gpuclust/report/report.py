@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _RESERVED = ("format", "layer_names", "chance")
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+STATE = ".state"
+# What reading a damaged file raises.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,11 +179,10 @@ class Report:
         from gpuclust.report.page import render_page
 
         folder = Path(folder)
-        state = folder / ".state"
-        state.mkdir(parents=True, exist_ok=True)
+        samples_file(folder).parent.mkdir(parents=True, exist_ok=True)
         for index, result in enumerate(self.results):
-            result.save(state / f"{index:03d}.npz")
-        self.samples.save(state / "samples.npz")
+            result.save(layer_file(folder, index))
+        self.samples.save(samples_file(folder))
 
         layers, assignments = self.layers, self.assignments
         write(folder / "layers.csv", lambda path: layers.to_csv(path, index=False, lineterminator="\n"))
@@ -191,7 +192,7 @@ class Report:
 
             (folder / "figures").mkdir(exist_ok=True)
             for name, image in draw_figures(self):
-                write(folder / "figures" / f"{name}.png", partial(_put, image))
+                write(folder / "figures" / f"{name}.png", partial(put, image))
 
         names = [result.layer for result in self.results]
         run = json.dumps(
@@ -199,8 +200,8 @@ class Report:
             indent=1,
             allow_nan=False,
         )
-        write(folder / "run.json", partial(_put, run.encode() + b"\n"))
-        write(folder / "report.html", partial(_put, render_page(self).encode("utf-8", "backslashreplace")))
+        write(folder / "run.json", partial(put, run.encode() + b"\n"))
+        write(folder / "report.html", partial(put, render_page(self).encode("utf-8", "backslashreplace")))
 
 
 def load_report(folder: str | os.PathLike[str]) -> Report:
@@ -227,17 +228,27 @@ def load_report(folder: str | os.PathLike[str]) -> Report:
             raise InputError(f"{str(reading)!r} has format {version!r}; this gpuclust reads format {FORMAT}")
         results = []
         for index, name in enumerate(names):
-            reading = folder / ".state" / f"{index:03d}.npz"
+            reading = layer_file(folder, index)
             results.append(LayerResult.load(reading))
             if results[-1].layer != name:
                 raise ValueError(f"it holds layer {results[-1].layer!r}, run.json says {name!r}")
-        reading = folder / ".state" / "samples.npz"
+        reading = samples_file(folder)
         return Report(results, Samples.load(reading), chance, run)
     except InputError:
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         message = f"the run in {str(folder)!r} is damaged at {str(reading)!r} ({error}); run it again with --force"
         raise InputError(message) from error
+
+
+def layer_file(folder: Path, index: int) -> Path:
+    """Where a run's folder keeps the result of its layer ``index``."""
+    return folder / STATE / f"{index:03d}.npz"
+
+
+def samples_file(folder: Path) -> Path:
+    """Where a run's folder keeps its `Samples`."""
+    return folder / STATE / "samples.npz"
 
 
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
@@ -258,7 +269,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
 
 
-def _put(content: bytes, path: Path) -> None:
+def put(content: bytes, path: Path) -> None:
+    """What `write` takes to write bytes: ``write(path, partial(put, content))``."""
     path.write_bytes(content)
 
 

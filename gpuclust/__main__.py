@@ -1,0 +1,5 @@
+"""``python -m gpuclust`` is ``gpuclust``."""
+
+from gpuclust.cli import main
+
+main()

@@ -1,0 +1,318 @@
+"""The command line. Every command loads what it needs when it runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from gpuclust import __version__
+from gpuclust.config import BACKENDS, DEVICES, DTYPES, PRECISIONS, SOLVERS, parse_bytes
+from gpuclust.errors import GpuclustError, InputError
+
+if TYPE_CHECKING:
+    from gpuclust.report import Report
+
+app = typer.Typer(
+    name="gpuclust",
+    help="What each layer of a convolutional network has learned, read off without labels.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 1 a fault, 2 bad arguments or input, 130 interrupted."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command line; the exit code."""
+    try:
+        return int(app(arguments, prog_name="gpuclust", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        return 0
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "gpuclust"
+        return _complain(f"{error.format_message()} (`{command} --help` shows what is allowed)", 2)
+    except InputError as error:
+        return _complain(str(error), 2)
+    except GpuclustError as error:
+        return _complain(str(error), 1)
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more while it ends.
+        sys.stdout = None  # type: ignore[assignment]
+        return 1
+    except (KeyboardInterrupt, click.Abort):
+        return _complain("interrupted; `gpuclust run` goes on where it was with --resume", 130)
+
+
+def _complain(message: str, code: int) -> int:
+    line = re.sub(r"\s*\n\s*", " ", message)
+    typer.echo(f"gpuclust: {line}", err=True)
+    return code
+
+
+# ---- options that several commands share
+
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="A folder of class folders, a manifest .csv (path,label), torchvision:NAME:ROOT, or package.module:callable.",
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="A torchvision classifier, timm:NAME, or package.module:callable returning nn.Module or (nn.Module, transform).",
+    ),
+]
+Weights = Annotated[
+    str,
+    typer.Option(metavar="DEFAULT|NAME|none|PATH", help="Published weights, none (random), or a .pth or .safetensors."),
+]
+Layers = Annotated[
+    list[str],
+    typer.Option(metavar="auto|all|PATTERN", help="Layers by name or glob; may be repeated and joined by commas."),
+]
+Clusters = Annotated[
+    int | None, typer.Option(metavar="N", help="Clusters per layer; the number of classes by default.")
+]
+Classes = Annotated[str | None, typer.Option(metavar="A,B,C", help="Only these classes.")]
+ClassLevel = Annotated[
+    int | None, typer.Option(metavar="N", help="Cut the folder path that names a class after N folders.")
+]
+PerClass = Annotated[
+    int | None, typer.Option(metavar="K", help="Images of each class; what the smallest class has by default.")
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help=f"{DEVICES}.")]
+Backend = Annotated[str, typer.Option(metavar="|".join(BACKENDS), help="What computes the clusters.")]
+Solver = Annotated[str, typer.Option(metavar="|".join(SOLVERS), help="How the clusters are computed.")]
+Precision = Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help="fast drops the re-check of close labels.")]
+Dtype = Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Of the stored activations.")]
+MemoryLimit = Annotated[str | None, typer.Option(metavar="SIZE", help="The most memory to use, as 8GiB.")]
+BatchSize = Annotated[
+    str, typer.Option(metavar="auto|N", help="Images of one forward pass (auto: 32 on a CPU, 128 on a GPU).")
+]
+Workers = Annotated[
+    int | None, typer.Option(metavar="N", help="Processes that decode images; one per core by default.")
+]
+NInit = Annotated[int, typer.Option(metavar="N", help="Restarts of k-means, of which the best counts.")]
+MaxIter = Annotated[int, typer.Option(metavar="N", help="Iterations of one restart at most.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of the choice of images, the clusters and random weights.")]
+OnBadImage = Annotated[str, typer.Option(metavar="skip|fail", help="What to do with an image that cannot be read.")]
+MaxPixels = Annotated[int, typer.Option(metavar="N", help="An image of more pixels is a bad image.")]
+Force = Annotated[bool, typer.Option("--force", help="Remove the run that is there and start over.")]
+
+
+@app.callback(invoke_without_command=True)
+def _start(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        typer.echo(f"gpuclust {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    data: Data,
+    model: Model,
+    weights: Weights = "DEFAULT",
+    layers: Layers = ["auto"],  # noqa: B006
+    clusters: Clusters = None,
+    classes: Classes = None,
+    class_level: ClassLevel = None,
+    per_class: PerClass = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the report; gpuclust-MODEL by default.")
+    ] = None,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    solver: Solver = "auto",
+    precision: Precision = "exact",
+    dtype: Dtype = "float32",
+    memory_limit: MemoryLimit = None,
+    batch_size: BatchSize = "auto",
+    workers: Workers = None,
+    n_init: NInit = 10,
+    max_iter: MaxIter = 300,
+    seed: Seed = 0,
+    on_bad_image: OnBadImage = "skip",
+    max_pixels: MaxPixels = 100_000_000,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
+    force: Force = False,
+) -> None:
+    """Images through a network, clusters of every layer, clusters against classes: a page to read."""
+    options = _options(locals(), "data", "model", "out", "resume", "force")
+    folder = out or f"gpuclust-{re.sub(r'[^A-Za-z0-9._-]+', '-', model).strip('-')}"
+    _analyze(model, data, folder, resume=resume, force=force, **options)
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the report.")] = "gpuclust-demo",
+    device: Device = "auto",
+) -> None:
+    """The same on the network and images inside the package: a small AlexNet, Fashion-MNIST, no download."""
+    from gpuclust.demo import demo_dataset, demo_network
+
+    _analyze(demo_network(), demo_dataset(), out, force=True, device=device)
+
+
+@app.command()
+def layers(
+    model: Model,
+    weights: Annotated[str | None, typer.Option(metavar="none|NAME|PATH", help="Not needed to list layers.")] = None,
+    layers: Layers = ["all"],  # noqa: B006
+    input: Annotated[
+        str | None, typer.Option(metavar="CxHxW", help="Shape of an image, where the network does not tell.")
+    ] = None,
+) -> None:
+    """Every layer of a network: friendly name, module, shape, values per image."""
+    from gpuclust.analysis import list_layers
+
+    rows = [
+        (layer.name, _source(layer), "x".join(map(str, layer.shape)), f"{layer.values:,}", "auto" if layer.auto else "")
+        for layer in list_layers(model, weights, layers, _shape(input))
+    ]
+    rows.insert(0, ("layer", "module", "shape", "values/image", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for name, module, shape, values, auto in rows:
+        line = f"{name:<{widths[0]}}  {module:<{widths[1]}}  {shape:>{widths[2]}}  {values:>{widths[3]}}  {auto}"
+        typer.echo(line.rstrip())
+
+
+@app.command()
+def plan(
+    data: Data,
+    model: Model,
+    layers: Layers = ["auto"],  # noqa: B006
+    clusters: Clusters = None,
+    classes: Classes = None,
+    class_level: ClassLevel = None,
+    per_class: PerClass = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    memory_limit: MemoryLimit = None,
+    batch_size: BatchSize = "auto",
+    n_init: NInit = 10,
+    seed: Seed = 0,
+) -> None:
+    """The memory that a run would take, layer by layer, without running it."""
+    options = _options(locals(), "data", "model")
+    from gpuclust.analysis import plan as make_plan
+
+    typer.echo(str(make_plan(model, data, **options)))
+
+
+@app.command()
+def cluster(
+    file: Annotated[Path, typer.Argument(metavar="X.npy", help="Rows (n, d), as NumPy saves them.")],
+    clusters: Annotated[int, typer.Option(metavar="K", help="Number of clusters.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the labels go (int32 .npy); X.labels.npy by default.")
+    ] = None,
+    n_init: NInit = 10,
+    max_iter: MaxIter = 300,
+    seed: Seed = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    solver: Solver = "auto",
+    precision: Precision = "exact",
+    memory_limit: MemoryLimit = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the labels that are there.")] = False,
+) -> None:
+    """k-means on a file of rows, for scripts."""
+    from gpuclust.rows import cluster_file
+
+    target = out or file.with_name(f"{file.stem}.labels.npy")
+    fit, seconds = cluster_file(
+        file,
+        target,
+        clusters,
+        force=force,
+        n_init=n_init,
+        max_iter=max_iter,
+        random_state=seed,
+        device=device,
+        backend=backend,
+        solver=solver,
+        precision=precision,
+        memory_limit=parse_bytes(memory_limit) if memory_limit else None,
+    )
+    n, d = len(fit.labels), fit.centroids.shape[1]
+    typer.echo(
+        f"n {n}  d {d}  k {clusters}  inertia {fit.inertia:.10g}  iterations {fit.n_iter}  seconds {seconds:.3f}  "
+        f"re-checked {fit.recheck_share:.4%}  backend {fit.backend}\nlabels: {target}"
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Devices, memory, and each backend: whether it can run, and why not."""
+    from rich.console import Console
+
+    from gpuclust.doctor import show
+
+    show(Console(width=None if sys.stdout.isatty() else 140))
+
+
+# ---- what the commands share
+
+
+def _options(given: dict[str, Any], *others: str) -> dict[str, Any]:
+    """A command's options as `analyze` takes them."""
+    options = {name: value for name, value in given.items() if name not in others}
+    if options.get("classes") is not None:
+        options["classes"] = tuple(part.strip() for part in options["classes"].split(",") if part.strip())
+    if options.get("memory_limit") is not None:
+        options["memory_limit"] = parse_bytes(options["memory_limit"])
+    size = options.get("batch_size", "auto")
+    if size != "auto" and not re.fullmatch(r"[1-9]\d*", size):
+        raise InputError(f"--batch-size is auto or a whole number of at least 1; got {size!r}")
+    options["batch_size"] = None if size == "auto" else int(size)
+    return options
+
+
+def _analyze(model: Any, data: Any, out: str, **options: Any) -> None:
+    from rich.console import Console
+
+    from gpuclust.analysis import analyze
+
+    report = analyze(model, data, out=out, **options)
+    Console(width=None if sys.stdout.isatty() else 140).print(report.table())
+    _tell_skipped(report)
+    typer.echo(f"page: {Path(out, 'report.html')}")
+
+
+def _tell_skipped(report: Report) -> None:
+    skipped = report.run["images"]["skipped"]
+    if skipped:
+        first = skipped[0]
+        typer.echo(
+            f"{len(skipped)} bad images were left out, {report.run['images']['replaced']} of them replaced; the first: "
+            f"{first['path']}: {first['reason']} (all are in run.json and on the page)"
+        )
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", text):
+        raise InputError(f"--input is CxHxW, as 3x224x224; got {text!r}")
+    return tuple(int(part) for part in text.split("x"))
+
+
+def _source(layer: Any) -> str:
+    """Where the activation comes from: the module, which of its calls, and what is applied to it."""
+    call = f":{layer.call}" if layer.call else ""
+    return f"{layer.module}{call}" + (f"+{layer.after}" if layer.after else "")

@@ -1,0 +1,58 @@
+"""k-means on a file of rows: what ``gpuclust cluster`` does."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpuclust.cluster import KMeans
+from gpuclust.cluster.fit import Fit
+from gpuclust.errors import InputError
+from gpuclust.report.report import write
+
+
+def cluster_file(file: Path, out: Path, clusters: int, *, force: bool = False, **parameters: Any) -> tuple[Fit, float]:
+    """Cluster the rows of a .npy file and write their labels (int32 .npy); the fit, and the seconds it took.
+
+    Parameters
+    ----------
+    file : path
+        Rows (n, d) as `numpy.save` writes them; read as they are needed.
+    out : path
+        Where the labels go; written whole or not at all.
+    force : bool
+        Whether ``out`` may be overwritten.
+    **parameters
+        Of `gpuclust.KMeans`.
+
+    Raises
+    ------
+    InputError
+        If the file is not there or is no array of numbers, if ``out`` is there, or for what KMeans refuses.
+    """
+    if out.exists() and not force:
+        raise InputError(f"{str(out)!r} is there already: --force overwrites it, --out takes another name")
+    if not out.parent.is_dir():
+        raise InputError(f"{str(out.parent)!r} is no folder: make it, or give another --out")
+    try:
+        x = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"there is no file {str(file)!r}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{str(file)!r} is not a .npy file of numbers: {error}") from error
+    if not isinstance(x, np.ndarray):
+        raise InputError(f"{str(file)!r} holds several arrays (.npz); a .npy file with one is needed")
+    started = time.perf_counter()
+    fit = KMeans(clusters, **parameters).fit(x).fit_report_
+    seconds = time.perf_counter() - started
+    labels = fit.labels.cpu().numpy()
+
+    def save(path: Path) -> None:
+        with open(path, "wb") as stream:
+            np.save(stream, labels)
+
+    write(out, save)
+    return fit, seconds
