@@ -84,17 +84,18 @@ def analyze(
     with in_memory(), prepare(network, images, settings) as setup, Progress(progress) as bar:
         setup.plan.require()
         folder = RunFolder(out, setup.identity(images) if out else {}, resume=resume, force=force)
-        layers, results, samples = setup.layers, folder.results(len(setup.layers)), folder.samples()
-        missing = [layer for layer, result in zip(layers, results, strict=True) if result is None]
+        layers, done, samples = setup.layers, folder.results(len(setup.layers)), folder.samples()
+        missing = [layer for i, layer in enumerate(layers) if i not in done]
         if missing or samples is None:
             samples, stores, capture_s = capture(setup, images, missing, bar)
             folder.keep_samples(samples, images.describe())
         values = sum(layer.values for layer in missing)
         for i, layer in enumerate(layers):
-            if results[i] is None:
+            if i not in done:
                 bar.layer(layer.name, i, len(layers))
-                results[i] = study(setup, layer, stores.pop(layer.name), samples, capture_s * layer.values / values)
-                folder.keep_result(i, results[i])
+                done[i] = study(setup, layer, stores.pop(layer.name), samples, capture_s * layer.values / values)
+                folder.keep_result(i, done[i])
+    results = [done[i] for i in range(len(layers))]
     sizes = np.bincount(samples.labels, minlength=len(samples.classes))
     chance = chance_levels(sizes, setup.clusters, seed=settings.seed)
     run = {
@@ -242,7 +243,8 @@ def list_layers(
             raise
         size = "x".join(map(str, channels))
         raise InputError(
-            f"{network.name} does not take an image of {size} ({str(error).splitlines()[0]}): give its shape with --input"
+            f"{network.name} does not take an image of {size}: give its shape with --input "
+            f"({str(error).splitlines()[0]})"
         ) from error
     return choose_layers(found, patterns)
 

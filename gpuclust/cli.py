@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from gpuclust import __version__
@@ -21,11 +20,14 @@ app = typer.Typer(
     name="gpuclust",
     help="What each layer of a convolutional network has learned, read off without labels.",
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+
+# typer brings its own copy of click or uses an installed one, depending on its version.
+_UsageError: Any = typer.BadParameter.__bases__[0]
 
 
 def main() -> None:
@@ -37,10 +39,7 @@ def run_command(arguments: list[str]) -> int:
     """Run one command line; the exit code."""
     try:
         return int(app(arguments, prog_name="gpuclust", standalone_mode=False) or 0)
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        return 0
-    except click.UsageError as error:
+    except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "gpuclust"
         return _complain(f"{error.format_message()} (`{command} --help` shows what is allowed)", 2)
     except InputError as error:
@@ -49,9 +48,9 @@ def run_command(arguments: list[str]) -> int:
         return _complain(str(error), 1)
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more while it ends.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 1
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted; `gpuclust run` goes on where it was with --resume", 130)
 
 
@@ -67,14 +66,14 @@ Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="A folder of class folders, a manifest .csv (path,label), torchvision:NAME:ROOT, or package.module:callable.",
+        help="Class folders, a manifest .csv (path,label), torchvision:NAME:ROOT, or package.module:callable.",
     ),
 ]
 Model = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="A torchvision classifier, timm:NAME, or package.module:callable returning nn.Module or (nn.Module, transform).",
+        help="A torchvision classifier, timm:NAME, or package.module:callable (a module, or module and transform).",
     ),
 ]
 Weights = Annotated[
@@ -116,10 +115,13 @@ Force = Annotated[bool, typer.Option("--force", help="Remove the run that is the
 
 
 @app.callback(invoke_without_command=True)
-def _start(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+def _start(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
     if version:
         typer.echo(f"gpuclust {__version__}")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The errors that gpuclust raises on purpose. A message says what was asked, what is allowed, what was got, what to do."""
+"""The errors that gpuclust raises on purpose: what was asked, what is allowed, what was got, what to do."""
 
 from __future__ import annotations
 

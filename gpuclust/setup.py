@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gpuclust import __version__
 from gpuclust.capture.images import ImageSource, open_images
@@ -20,22 +20,31 @@ from gpuclust.capture.layers import Layer, choose_layers, find_layers
 from gpuclust.capture.memory import MemoryPlan, free_bytes, make_plan
 from gpuclust.capture.models import Network
 from gpuclust.capture.trace import unwrap
+from gpuclust.cluster import KMeans
+from gpuclust.cluster.backends import choose
+from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.inputs import find_device
 from gpuclust.config import Options, environment
-from gpuclust.errors import InputError, MemoryLimitError
+from gpuclust.errors import GpuclustError, InputError, MemoryLimitError
 
-# Images of one forward pass. A network's rounding depends on it, so it is part of the result, and memory never changes it.
+# Images of one forward pass. A network's rounding depends on it, so it is part of the result: memory never changes it.
 BATCH_SIZE = {"cpu": 32, "cuda": 128}
 # Options that say how a run goes about it, and nothing about what it finds.
 _INDIFFERENT = ("workers", "memory_limit", "device")
 
 
+_OUT_OF_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory|_ALLOC_FAILED")
+
+
 @dataclass(frozen=True)
 class Setup:
-    """A network on its device, its layers chosen and the memory planned.
+    """A network on its device, its layers chosen and everything that is "auto" decided.
 
     Attributes
     ----------
+    settings : Options
+        As they were asked for.
+    images : ImageSource
     network : Network
     layers : list of Layer
         Those to capture, in forward order.
@@ -43,11 +52,14 @@ class Setup:
     dtype, input_dtype : torch.dtype
         Of the stored rows, and of what the network takes.
     clusters, batch_size : int
-    plan : MemoryPlan
-    settings : Options
-        As they were asked for.
+    free_bytes, module_bytes : int
+        Free on the device before the network came there, and what it took.
+    widest : int
+        Values per image of the widest activation of the network.
     """
 
+    settings: Options
+    images: ImageSource
     network: Network
     layers: list[Layer]
     device: torch.device
@@ -55,93 +67,180 @@ class Setup:
     input_dtype: torch.dtype
     clusters: int
     batch_size: int
-    plan: MemoryPlan
-    settings: Options
+    free_bytes: int
+    module_bytes: int
+    widest: int
 
-    def identity(self, images: ImageSource) -> dict[str, Any]:
+    def plan(self, layers: Sequence[Layer]) -> MemoryPlan:
+        """The memory of a run that captures ``layers``."""
+        return make_plan(
+            self.network.name,
+            layers,
+            self.images.n,
+            dtype=self.dtype,
+            device=self.device,
+            clusters=self.clusters,
+            n_init=self.settings.n_init,
+            batch_size=min(self.batch_size, self.images.n),
+            module_bytes=self.module_bytes,
+            free=self.free_bytes,
+            limit=self.settings.memory_limit or environment().memory_limit,
+            widest=self.widest,
+        )
+
+    def kmeans(self, clusters: int, memory_limit: int | None = None) -> KMeans:
+        """The estimator of every layer."""
+        return KMeans(
+            clusters,
+            n_init=self.settings.n_init,
+            max_iter=self.settings.max_iter,
+            random_state=self.settings.seed,
+            precision=self.settings.precision,
+            solver=self.settings.solver,
+            backend=self.settings.backend,
+            memory_limit=memory_limit,
+        )
+
+    def require_kmeans(self) -> None:
+        """Nothing if the backend and solver asked for can run; else an error now, and not after the pass.
+
+        Raises
+        ------
+        UnavailableError
+        """
+        self.kmeans(1).fit(torch.zeros(1, 1, dtype=self.dtype, device=self.device))
+        for layer in self.layers:
+            choose(
+                self.settings.backend,
+                Problem(self.images.n, layer.values, self.clusters, self.dtype, self.device, False, self.settings.n_init),
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The options of the run for its report: as asked for, with what "auto" and the defaults came to."""
+        return {
+            "model": self.network.name,
+            "data": self.images.describe()["data"],
+            **asdict(self.settings),
+            "clusters": self.clusters,
+            "per_class": self.images.per_class,
+            "device": str(self.device),
+            "memory_limit": self.settings.memory_limit or environment().memory_limit,
+            "batch_size": self.batch_size,
+        }
+
+    def identity(self) -> dict[str, Any]:
         """All that a result depends on, for JSON: a run can be resumed only with the same."""
-        settings = {name: value for name, value in asdict(self.settings).items() if name not in _INDIFFERENT}
+        settings = {name: value for name, value in self.describe().items() if name not in _INDIFFERENT}
+        cuda = self.device.type == "cuda"
         return {
             "gpuclust": __version__,
             "torch": torch.__version__,
             **settings,
-            "device": self.device.type,
-            "clusters": self.clusters,
-            "batch_size": self.batch_size,
-            "network": self.network.name,
-            "parameters": _hash_parameters(unwrap(self.network.module)),
+            "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             "layers": [layer.name for layer in self.layers],
-            "images": images.fingerprint(),
+            "transform": _without_addresses(repr(self.network.transform)),
+            "network": _hash_network(unwrap(self.network.module)),
+            "images": self.images.fingerprint(),
         }
 
 
 @contextmanager
 def prepare(network: Network, images: ImageSource, settings: Options) -> Iterator[Setup]:
-    """The `Setup` of a run; the network is on its device inside the block, and afterwards where it was before.
+    """The `Setup` of a run; the network is on its device inside the block, and afterwards as it was before.
 
     Raises
     ------
     InputError
-        For more clusters than images, unknown layers, a network on several devices.
+        For more clusters than images, unknown layers, a network that does not take the images.
     UnavailableError
         If the device is not there.
     """
     device = find_device(environment().device or "auto" if settings.device == "auto" else settings.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     clusters = settings.clusters or len(images.classes)
     if clusters > images.n:
-        raise InputError(f"clusters is at most the number of images, {images.n}; got {clusters}")
+        raise InputError(
+            f"{clusters} clusters were asked for, and there are {images.n} images ({len(images.classes)} classes x "
+            f"{images.per_class}): ask for at most that many, or take more images"
+        )
     module = unwrap(network.module)
-    home = _find_home(module)
     tensors = [*module.parameters(), *module.buffers()]
     input_dtype = next((value.dtype for value in tensors if value.is_floating_point()), torch.float32)
-    module_bytes = sum(value.nbytes for value in tensors)
-    try:
-        module.to(device)
-        example = next(iter(images.batches(network.transform, 1, 0))).images.to(device, input_dtype)
-        found = find_layers(module, example)
-        layers = choose_layers(found, settings.layers)
-        batch_size = settings.batch_size or BATCH_SIZE[device.type]
-        dtype = getattr(torch, settings.dtype)
-        plan = make_plan(
-            network.name,
-            layers,
-            images.n,
-            dtype=dtype,
-            device=device,
-            clusters=clusters,
-            n_init=settings.n_init,
-            batch_size=batch_size,
-            module_bytes=module_bytes,
-            # The network is there already.
-            free=free_bytes(device) + module_bytes,
-            limit=settings.memory_limit,
-            widest=max(layer.values for layer in found),
+    free = free_bytes(device)
+    # On a CPU the network is in memory already, and `free` is without it.
+    module_bytes = sum(value.nbytes for value in tensors if value.device != device)
+    with placed(module, device):
+        found = find_in(network, _example(network, images).to(device, input_dtype))
+        yield Setup(
+            settings,
+            images,
+            network,
+            choose_layers(found, settings.layers),
+            device,
+            getattr(torch, settings.dtype),
+            input_dtype,
+            clusters,
+            settings.batch_size or BATCH_SIZE[device.type],
+            free,
+            module_bytes,
+            max(layer.values for layer in found),
         )
-        yield Setup(network, layers, device, dtype, input_dtype, clusters, batch_size, plan, settings)
-    finally:
-        if home is not None:
-            module.to(home)
 
 
-def read_options(options: dict[str, Any]) -> Options:
-    """`Options` of keyword arguments, as people write them in Python.
+@contextmanager
+def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module on ``device``; afterwards each parameter, gradient and buffer is the very one that it was.
 
     Raises
     ------
     InputError
-        For an unknown name, with close ones, and for values out of range.
+        If it cannot be moved.
     """
-    known = [field.name for field in fields(Options)]
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known) or known
-            raise InputError(f"there is no option {name!r}; close: {', '.join(close)}")
-    for name in ("layers", "classes"):
-        value = options.get(name)
-        if value is not None:
-            options = {**options, name: (value,) if isinstance(value, str) else tuple(value)}
-    settings = Options(**options)
-    return settings if settings.memory_limit else replace(settings, memory_limit=environment().memory_limit)
+    parameters = [(value, value.data, value.grad) for value in module.parameters()]
+    buffers = [(part, name, value) for part in module.modules() for name, value in part._buffers.items()]
+    if all(value.device == device for value in (*module.parameters(), *module.buffers())):
+        yield
+        return
+    try:
+        for value, _, _ in parameters:
+            value.grad = None  # stays where it is
+        try:
+            module.to(device)
+        except NotImplementedError as error:  # parameters without values, on the device meta
+            raise InputError(f"{type(module).__name__} cannot be moved to {device}: {_line(error)}") from error
+        yield
+    finally:
+        for value, data, gradient in parameters:
+            value.data, value.grad = data, gradient
+        for part, name, buffer in buffers:
+            part._buffers[name] = buffer
+
+
+def find_in(network: Network, example: Tensor) -> list[Layer]:
+    """`find_layers`, a network that does not take the example being an error of one line.
+
+    Raises
+    ------
+    InputError
+    """
+    try:
+        return find_layers(network.module, example)
+    except (GpuclustError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a user's network raises
+        size = "x".join(map(str, example.shape[1:]))
+        raise InputError(
+            f"{network.name} does not take an image of {size} ({str(example.dtype).removeprefix('torch.')}, on "
+            f"{example.device}): {type(error).__name__}: {_line(error)}"
+        ) from error
+
+
+def _example(network: Network, images: ImageSource) -> Tensor:
+    """One image ``(1, c, h, w)`` as the network will see it; a data set may hold tensors of any shape."""
+    if network.input_shape and images.describe()["kind"] != "dataset":
+        return torch.zeros(1, *network.input_shape)
+    return next(images.batches(network.transform, 1, 0)).images
 
 
 def find_images(data: Any, settings: Options) -> ImageSource:
@@ -168,12 +267,12 @@ def in_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _OUT_OF_MEMORY.search(str(error))
         if not known:
             raise
         raise MemoryLimitError(
-            f"the memory ran out, though the plan said it would do (another process may have taken it): {_line(error)}; "
-            "layers that are done are kept with --out; take fewer images, fewer layers or --dtype float16"
+            f"memory ran out where the plan said that it would do (another process may have taken it): {_line(error)}; "
+            "take fewer images (--per-class), fewer layers (--layers) or --dtype float16"
         ) from error
 
 
@@ -191,22 +290,19 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _find_home(module: nn.Module) -> torch.device | None:
-    """The device of the parameters and buffers; None where there are none."""
-    devices = {value.device for value in (*module.parameters(), *module.buffers())}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise InputError(f"the network lies on several devices ({names}): put it on one with .to(device)")
-    return next(iter(devices), None)
-
-
-def _hash_parameters(module: nn.Module) -> str:
-    digest = hashlib.sha256(type(module).__qualname__.encode())
+def _hash_network(module: nn.Module) -> str:
+    digest = hashlib.sha256(_without_addresses(repr(module)).encode())
     for name, value in module.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if isinstance(value, Tensor):
+            value = value.detach().dequantize() if value.is_quantized else value.detach()
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
 def _line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

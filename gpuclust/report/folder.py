@@ -62,7 +62,8 @@ class RunFolder:
                 self._compare(json.loads(json.dumps(identity)))
             else:
                 raise InputError(
-                    f"{str(folder)!r} holds a run: --resume goes on with it, --force removes it, --out takes another folder"
+                    f"{str(folder)!r} holds a run: --resume goes on with it, --force removes it, --out takes another "
+                    "folder"
                 )
         try:
             self._state.mkdir(parents=True, exist_ok=True)
@@ -70,9 +71,10 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"cannot write into {str(folder)!r}: {error.strerror}") from error
 
-    def results(self, count: int) -> list[LayerResult | None]:
-        """The result of each of ``count`` layers, None where there is none yet."""
-        return [self._read(f"{index:03d}.npz", LayerResult.load) for index in range(count)]
+    def results(self, count: int) -> dict[int, LayerResult]:
+        """Those of ``count`` layers that are done, by index."""
+        read = {index: self._read(f"{index:03d}.npz", LayerResult.load) for index in range(count)}
+        return {index: result for index, result in read.items() if result is not None}
 
     def samples(self) -> Samples | None:
         """The images of the run, if a pass over them was finished."""
