@@ -154,7 +154,7 @@ class _PlusPlus:
         best = potential.argmin(1, keepdim=True)
         rows = tried.gather(1, best)
         if kept is not None:
-            self.closest = kept[torch.arange(r), best[:, 0]]
+            self.closest = kept[torch.arange(r, device=best.device), best[:, 0]]
         else:
             for part, dist2 in self._nearest(rows):
                 self.closest[:, part] = dist2[:, 0]
