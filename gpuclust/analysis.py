@@ -9,28 +9,26 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 
-from gpuclust import doctor
-from gpuclust.capture.images import ImageSource
-from gpuclust.capture.layers import Layer, choose_layers, find_layers
+from gpuclust.capture.layers import Layer, choose_layers
 from gpuclust.capture.memory import MemoryPlan
 from gpuclust.capture.models import load_network
 from gpuclust.capture.store import LayerStore
 from gpuclust.capture.stream import ActivationStream
-from gpuclust.cluster import KMeans
 from gpuclust.compare.result import LayerResult
 from gpuclust.compare.scores import chance_levels, compare
 from gpuclust.compare.similarity import geometry
+from gpuclust.config import read_options
 from gpuclust.errors import InputError
 from gpuclust.progress import Progress
 from gpuclust.report import Report, Samples
 from gpuclust.report.folder import RunFolder
-from gpuclust.setup import Setup, find_images, in_memory, peak_bytes, prepare, read_options, start_peak
+from gpuclust.setup import Setup, find_images, find_in, in_memory, peak_bytes, prepare, start_peak
 
 
 def analyze(
@@ -79,15 +77,18 @@ def analyze(
     """
     started = time.perf_counter()
     settings = read_options(options)
+    folder = RunFolder(out, resume=resume, force=force)
     images = find_images(data, settings)
     network = load_network(model, settings.weights, seed=settings.seed)
     with in_memory(), prepare(network, images, settings) as setup, Progress(progress) as bar:
-        setup.plan.require()
-        folder = RunFolder(out, setup.identity(images) if out else {}, resume=resume, force=force)
-        layers, done, samples = setup.layers, folder.results(len(setup.layers)), folder.samples()
+        setup.require_kmeans()
+        identity = setup.identity() if out else {}
+        layers, done = setup.layers, folder.results(identity, len(setup.layers))
         missing = [layer for i, layer in enumerate(layers) if i not in done]
-        if missing or samples is None:
-            samples, stores, capture_s = capture(setup, images, missing, bar)
+        if missing:
+            setup.plan(missing).require()
+            folder.begin(identity)
+            samples, stores, capture_s = capture(setup, missing, bar)
             folder.keep_samples(samples, images.describe())
         values = sum(layer.values for layer in missing)
         for i, layer in enumerate(layers):
@@ -95,58 +96,52 @@ def analyze(
                 bar.layer(layer.name, i, len(layers))
                 done[i] = study(setup, layer, stores.pop(layer.name), samples, capture_s * layer.values / values)
                 folder.keep_result(i, done[i])
-    results = [done[i] for i in range(len(layers))]
-    sizes = np.bincount(samples.labels, minlength=len(samples.classes))
-    chance = chance_levels(sizes, setup.clusters, seed=settings.seed)
-    run = {
-        "options": {"model": network.name, "data": images.describe()["data"], **asdict(settings)},
-        "network": {"name": network.name, "weights": network.weights, "notes": network.notes},
-        "images": folder.images() or images.describe(),
-        "plan": setup.plan.describe(),
-        "hardware": doctor.hardware(str(setup.device)),
-        "versions": doctor.versions(),
-        "times": {
-            "capture_s": sum(result.capture_s for result in results),
-            "cluster_s": sum(result.cluster_s for result in results),
-            "total_s": time.perf_counter() - started,
-        },
+    assert folder.samples is not None
+    assert folder.images is not None
+    sizes = np.bincount(folder.samples.labels, minlength=len(images.classes))
+    report = Report(
+        [done[i] for i in range(len(layers))],
+        folder.samples,
+        chance_levels(sizes, setup.clusters, seed=settings.seed),
+        {**setup.describe(model, data), "images": folder.images},
+    )
+    report.run["times"] = {
+        "capture_s": sum(result.capture_s for result in report.results),
+        "cluster_s": sum(result.cluster_s for result in report.results),
+        "total_s": time.perf_counter() - started,
     }
-    report = Report(results, samples, chance, run)
-    if out:
-        report.save(out)
+    folder.finish(report)
     return report
 
 
 def plan(model: Any, data: Any, **options: Any) -> MemoryPlan:
     """The bytes that `analyze` with the same arguments would hold, layer by layer; ``print`` it.
 
-    Published weights are not downloaded for it, and one image is decoded.
+    Published weights are not downloaded for it, and one image is decoded at most.
     """
     settings = read_options(options)
     images = find_images(data, settings)
-    network = load_network(model, _without_download(model), seed=settings.seed)
+    network = load_network(model, settings.weights, seed=settings.seed, download=False)
     with in_memory(), prepare(network, images, settings) as setup:
-        return setup.plan
+        return setup.plan(setup.layers)
 
 
-def capture(
-    setup: Setup, images: ImageSource, layers: Sequence[Layer], bar: Progress
-) -> tuple[Samples, dict[str, LayerStore], float]:
+def capture(setup: Setup, layers: Sequence[Layer], bar: Progress) -> tuple[Samples, dict[str, LayerStore], float]:
     """One pass over the images: the samples, the rows of each layer by name, and the seconds it took.
 
     The rows are written where they stay, on the device, batch by batch.
     """
     started = time.perf_counter()
+    images, network = setup.images, setup.network
     stores = {
         layer.name: LayerStore(images.n, layer.values, setup.dtype, setup.device, name=layer.name) for layer in layers
     }
     labels, paths, thumbs = [], list[str](), list[bytes]()
-    with ActivationStream(setup.network.module, layers) as stream:
-        for batch in bar.images(
-            images.batches(setup.network.transform, setup.batch_size, setup.settings.workers), images.n
-        ):
+    batches = images.batches(network.transform, setup.batch_size, setup.settings.workers)
+    with ActivationStream(network.module, layers) as stream, closing(bar.images(batches, images.n)) as counted:
+        for batch in counted:
             if layers:
-                pixels = batch.images.to(setup.device, setup.input_dtype, non_blocking=True)
+                pixels = batch.images.to(setup.device, setup.input_dtype)
                 stream.forward(pixels, lambda layer, activation: stores[layer.name].append(activation))
             labels.append(batch.labels)
             paths += batch.paths
@@ -162,42 +157,36 @@ def capture(
 
 def study(setup: Setup, layer: Layer, store: LayerStore, samples: Samples, capture_s: float) -> LayerResult:
     """Cluster one layer's rows and compare the clusters with the classes; results in the units of the activations."""
-    started = time.perf_counter()
-    settings, k = setup.settings, setup.clusters
+    n, k, classes = len(samples.paths), setup.clusters, len(samples.classes)
+    if k > n:
+        raise InputError(f"{k} clusters were asked for, and {n} images could be read: ask for at most that many")
+    plan = setup.plan([layer])
     start_peak(setup.device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit = (
-            KMeans(
-                k,
-                n_init=settings.n_init,
-                max_iter=settings.max_iter,
-                random_state=settings.seed,
-                precision=settings.precision,
-                solver=settings.solver,
-                backend=settings.backend,
-                memory_limit=setup.plan.work_bytes,
-            )
-            .fit(store)
-            .fit_report_
-        )
-    cluster_s = time.perf_counter() - started
-    table, match, scores = compare(fit.labels.cpu().numpy(), samples.labels, k, len(samples.classes))
-    view = geometry(store.rows, fit.labels, k, seed=settings.seed)
-    notes = {
-        "silhouette_n": view.silhouette_n,
-        **({"scale": store.scale} if store.scale != 1.0 else {}),
-        **({"warnings": sorted({str(item.message) for item in caught})} if caught else {}),
-    }
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        # Fewer distinct rows than clusters: a note of the layer says so below.
+        warnings.filterwarnings("ignore", "Number of distinct clusters")
+        fit = setup.kmeans(k, plan.work_bytes).fit(store).fit_report_
+    cluster_s, peak = time.perf_counter() - started, peak_bytes(setup.device)
+    labels = fit.labels.cpu().numpy()
+    table, match, scores = compare(labels, samples.labels, k, classes)
+    view = geometry(store.rows, fit.labels, k, seed=setup.settings.seed)
+    notes: dict[str, Any] = {}
+    if view.silhouette_n < n:
+        notes["silhouette"] = f"of a seeded sample of {view.silhouette_n:,} images"
+    if store.scale != 1.0:
+        notes["scale"] = f"rows are stored times {store.scale:g}; all numbers are of the activations themselves"
+    if (found := len(np.unique(labels))) < k:
+        notes["clusters"] = f"{found} of {k} hold images: there are not more distinct activations"
     return LayerResult(
         layer=layer.name,
         module=layer.module,
         kind=layer.kind,
         shape=layer.shape,
-        n=store.shape[0],
-        d=store.shape[1],
+        n=n,
+        d=layer.values,
         k=k,
-        labels=fit.labels.cpu().numpy(),
+        labels=labels,
         dist2=fit.dist2.cpu().numpy() / store.scale**2,
         table=table,
         match=match,
@@ -213,13 +202,13 @@ def study(setup: Setup, layer: Layer, store: LayerStore, samples: Samples, captu
         recheck_share=fit.recheck_share,
         capture_s=capture_s,
         cluster_s=cluster_s,
-        peak_bytes=peak_bytes(setup.device),
+        peak_bytes=peak,
         notes=notes,
     )
 
 
 def list_layers(
-    model: Any, weights: str | None = None, patterns: Sequence[str] = ("all",), shape: tuple[int, ...] | None = None
+    model: Any, weights: str = "DEFAULT", patterns: Sequence[str] = ("all",), shape: tuple[int, ...] | None = None
 ) -> list[Layer]:
     """The layers of a network, in forward order, that any of the patterns asks for.
 
@@ -227,28 +216,13 @@ def list_layers(
     ----------
     model
         As in `analyze`.
-    weights : str, optional
-        As in `analyze`; by default random ones, or those that a module or callable brings.
+    weights : str
+        As in `analyze`; published ones are not downloaded.
     patterns : sequence of str
         ``auto``, ``all``, names, globs.
     shape : tuple of int, optional
         Of one image, (c, h, w); by default the network's own, else 3 x 224 x 224.
     """
-    network = load_network(model, weights or _without_download(model))
-    channels = shape or network.input_shape or (3, 224, 224)
-    try:
-        found = find_layers(network.module, torch.zeros(1, *channels))
-    except (RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        size = "x".join(map(str, channels))
-        raise InputError(
-            f"{network.name} does not take an image of {size}: give its shape with --input "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+    network = load_network(model, weights, download=False)
+    found = find_in(network, torch.zeros(1, *(shape or network.input_shape or (3, 224, 224))))
     return choose_layers(found, patterns)
-
-
-def _without_download(model: Any) -> str:
-    """Weights that need no network: a module or callable brings its own."""
-    return "none" if isinstance(model, str) and (":" not in model or model.startswith("timm:")) else "DEFAULT"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +34,10 @@ _UsageError: Any = typer.BadParameter.__bases__[0]
 
 def main() -> None:
     """The console script. Exit codes: 0 done, 1 a fault, 2 bad arguments or input, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_: f"gpuclust: {message}\n"
     sys.exit(run_command(sys.argv[1:]))
 
 
@@ -51,7 +57,7 @@ def run_command(arguments: list[str]) -> int:
         sys.stdout = None
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted; `gpuclust run` goes on where it was with --resume", 130)
+        return _complain("interrupted", 130)
 
 
 def _complain(message: str, code: int) -> int:
@@ -153,9 +159,9 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
     force: Force = False,
 ) -> None:
-    """Images through a network, clusters of every layer, clusters against classes: a page to read."""
+    """Cluster every layer's activations, compare with the classes: a page."""
     options = _options(locals(), "data", "model", "out", "resume", "force")
-    folder = out or f"gpuclust-{re.sub(r'[^A-Za-z0-9._-]+', '-', model).strip('-')}"
+    folder = out or f"gpuclust-{re.sub(r'[^A-Za-z0-9._-]+', '-', model).strip('-.')}"
     _analyze(model, data, folder, resume=resume, force=force, **options)
 
 
@@ -163,23 +169,29 @@ def run(
 def demo(
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the report.")] = "gpuclust-demo",
     device: Device = "auto",
+    force: Force = False,
 ) -> None:
-    """The same on the network and images inside the package: a small AlexNet, Fashion-MNIST, no download."""
+    """The same on the network and images in the package, no download."""
     from gpuclust.demo import demo_dataset, demo_network
+    from gpuclust.report.folder import read_model
 
-    _analyze(demo_network(), demo_dataset(), out, force=True, device=device)
+    network = demo_network()
+    again = read_model(out) == type(network[0]).__name__
+    _analyze(network, demo_dataset(), out, force=force or again, device=device)
 
 
 @app.command()
 def layers(
     model: Model,
-    weights: Annotated[str | None, typer.Option(metavar="none|NAME|PATH", help="Not needed to list layers.")] = None,
+    weights: Annotated[
+        str, typer.Option(metavar="DEFAULT|NAME|none|PATH", help="Published ones are not downloaded for this.")
+    ] = "DEFAULT",
     layers: Layers = ["all"],  # noqa: B006
     input: Annotated[
         str | None, typer.Option(metavar="CxHxW", help="Shape of an image, where the network does not tell.")
     ] = None,
 ) -> None:
-    """Every layer of a network: friendly name, module, shape, values per image."""
+    """List a network's layers: name, module, shape, values per image."""
     from gpuclust.analysis import list_layers
 
     rows = [
@@ -209,7 +221,7 @@ def plan(
     n_init: NInit = 10,
     seed: Seed = 0,
 ) -> None:
-    """The memory that a run would take, layer by layer, without running it."""
+    """The memory that a run would take, layer by layer, without it."""
     options = _options(locals(), "data", "model")
     from gpuclust.analysis import plan as make_plan
 
@@ -260,7 +272,7 @@ def cluster(
 
 @app.command()
 def doctor() -> None:
-    """Devices, memory, and each backend: whether it can run, and why not."""
+    """Devices, memory, backends: what can run here, and why not."""
     from rich.console import Console
 
     from gpuclust.doctor import show
@@ -274,10 +286,6 @@ def doctor() -> None:
 def _options(given: dict[str, Any], *others: str) -> dict[str, Any]:
     """A command's options as `analyze` takes them."""
     options = {name: value for name, value in given.items() if name not in others}
-    if options.get("classes") is not None:
-        options["classes"] = tuple(part.strip() for part in options["classes"].split(",") if part.strip())
-    if options.get("memory_limit") is not None:
-        options["memory_limit"] = parse_bytes(options["memory_limit"])
     size = options.get("batch_size", "auto")
     if size != "auto" and not re.fullmatch(r"[1-9]\d*", size):
         raise InputError(f"--batch-size is auto or a whole number of at least 1; got {size!r}")
@@ -290,7 +298,12 @@ def _analyze(model: Any, data: Any, out: str, **options: Any) -> None:
 
     from gpuclust.analysis import analyze
 
-    report = analyze(model, data, out=out, **options)
+    try:
+        report = analyze(model, data, out=out, **options)
+    except KeyboardInterrupt:
+        done = len([file for file in Path(out, ".state").glob("*.npz") if file.stem.isdigit()])
+        kept = f"{done} layers are done, and --resume goes on from there" if done else "no layer was done yet"
+        raise typer.Exit(_complain(f"interrupted; {kept}", 130)) from None
     Console(width=None if sys.stdout.isatty() else 140).print(report.table())
     _tell_skipped(report)
     typer.echo(f"page: {Path(out, 'report.html')}")
@@ -309,7 +322,7 @@ def _tell_skipped(report: Report) -> None:
 def _shape(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", text):
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
         raise InputError(f"--input is CxHxW, as 3x224x224; got {text!r}")
     return tuple(int(part) for part in text.split("x"))
 

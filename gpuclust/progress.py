@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+import time
+from collections.abc import Generator, Iterable
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import rich.progress
 from rich.console import Console
@@ -12,45 +14,62 @@ from rich.text import Text
 
 from gpuclust.capture.images import Batch
 
-Some = TypeVar("Some", bound=Batch)
+_REFRESH_S = 0.1
 
 
 class Progress:
-    """Images per second and time left while the images pass, then which layer is being clustered."""
+    """Images per second and time left while the images pass, then which layer is being clustered.
+
+    It draws when it is told something, not from a thread of its own, so that worker processes can be forked at any
+    time.
+    """
 
     def __init__(self, wanted: bool = True) -> None:
-        console = Console(stderr=True)
         self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             _Speed(),
             rich.progress.TimeRemainingColumn(),
-            console=console,
-            disable=not (wanted and console.is_terminal),
-            transient=True,
+            console=Console(stderr=True),
+            disable=not (wanted and sys.stderr.isatty()),
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._layers: rich.progress.TaskID | None = None
+        self._drawn = 0.0
 
     def __enter__(self) -> Self:
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None and self._layers is not None:
+            (task,) = (task for task in self._bar.tasks if task.id == self._layers)
+            self._bar.update(self._layers, description="layers", completed=task.total)
+        self._bar.refresh()
         self._bar.stop()
 
-    def images(self, batches: Iterable[Some], n: int) -> Iterator[Some]:
+    def images(self, batches: Iterable[Batch], n: int) -> Generator[Batch, None, None]:
         """The batches, counted."""
         task = self._bar.add_task("images", total=n, unit="images/s")
+        count = 0
         for batch in batches:
             yield batch
-            self._bar.advance(task, len(batch))
+            count += len(batch)
+            self._bar.update(task, completed=count)
+            if time.monotonic() > self._drawn + _REFRESH_S:
+                self._bar.refresh()
+                self._drawn = time.monotonic()
+        self._bar.update(task, total=count)
 
     def layer(self, name: str, index: int, count: int) -> None:
         """The layer of this index, of ``count``, is being clustered."""
         if self._layers is None:
             self._layers = self._bar.add_task("", total=count, unit="")
-        self._bar.update(self._layers, description=f"clustering {name}", completed=index)
+        self._bar.update(self._layers, description=f"layer {index + 1} of {count}: {name}", completed=index)
+        self._bar.refresh()
 
 
 class _Speed(rich.progress.ProgressColumn):

@@ -10,8 +10,10 @@ import numpy as np
 
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.fit import Fit
-from gpuclust.errors import InputError
+from gpuclust.config import environment
+from gpuclust.errors import GpuclustError, InputError
 from gpuclust.report.report import write
+from gpuclust.setup import in_memory
 
 
 def cluster_file(file: Path, out: Path, clusters: int, *, force: bool = False, **parameters: Any) -> tuple[Fit, float]:
@@ -45,8 +47,11 @@ def cluster_file(file: Path, out: Path, clusters: int, *, force: bool = False, *
         raise InputError(f"{str(file)!r} is not a .npy file of numbers: {error}") from error
     if not isinstance(x, np.ndarray):
         raise InputError(f"{str(file)!r} holds several arrays (.npz); a .npy file with one is needed")
+    if parameters.get("device") == "auto":
+        parameters["device"] = environment().device or "auto"
     started = time.perf_counter()
-    fit = KMeans(clusters, **parameters).fit(x).fit_report_
+    with in_memory():
+        fit = KMeans(clusters, **parameters).fit(x).fit_report_
     seconds = time.perf_counter() - started
     labels = fit.labels.cpu().numpy()
 
@@ -54,5 +59,8 @@ def cluster_file(file: Path, out: Path, clusters: int, *, force: bool = False, *
         with open(path, "wb") as stream:
             np.save(stream, labels)
 
-    write(out, save)
+    try:
+        write(out, save)
+    except OSError as error:
+        raise GpuclustError(f"cannot write {str(out)!r}: {error.strerror or error}") from error
     return fit, seconds

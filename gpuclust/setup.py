@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import resource
 import sys
@@ -24,7 +25,8 @@ from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.inputs import find_device
-from gpuclust.config import Options, environment
+from gpuclust.config import Options, command_line, environment
+from gpuclust.doctor import hardware, versions
 from gpuclust.errors import GpuclustError, InputError, MemoryLimitError
 
 # Images of one forward pass. A network's rounding depends on it, so it is part of the result: memory never changes it.
@@ -112,11 +114,26 @@ class Setup:
         for layer in self.layers:
             choose(
                 self.settings.backend,
-                Problem(self.images.n, layer.values, self.clusters, self.dtype, self.device, False, self.settings.n_init),
+                Problem(
+                    self.images.n, layer.values, self.clusters, self.dtype, self.device, False, self.settings.n_init
+                ),
             )
 
-    def describe(self) -> dict[str, Any]:
-        """The options of the run for its report: as asked for, with what "auto" and the defaults came to."""
+    def describe(self, model: Any, data: Any) -> dict[str, Any]:
+        """What a report says of the circumstances, for JSON; ``model`` and ``data`` as they were given."""
+        command = isinstance(model, str) and isinstance(data, (str, os.PathLike))
+        return {
+            **({"command": command_line(model, os.fspath(data), self.settings)} if command else {}),
+            "options": self.options(),
+            "network": {"name": self.network.name, "weights": self.network.weights, "notes": self.network.notes},
+            "plan": self.plan(self.layers).describe(),
+            "hardware": hardware(str(self.device)),
+            "versions": versions(),
+            "seeds": dict.fromkeys(("images", "k-means", "chance levels", "silhouette sample"), self.settings.seed),
+        }
+
+    def options(self) -> dict[str, Any]:
+        """The options as asked for, with what "auto" and the defaults came to."""
         return {
             "model": self.network.name,
             "data": self.images.describe()["data"],
@@ -130,7 +147,7 @@ class Setup:
 
     def identity(self) -> dict[str, Any]:
         """All that a result depends on, for JSON: a run can be resumed only with the same."""
-        settings = {name: value for name, value in self.describe().items() if name not in _INDIFFERENT}
+        settings = {name: value for name, value in self.options().items() if name not in _INDIFFERENT}
         cuda = self.device.type == "cuda"
         return {
             "gpuclust": __version__,
@@ -197,13 +214,18 @@ def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
     InputError
         If it cannot be moved.
     """
-    parameters = [(value, value.data, value.grad) for value in module.parameters()]
+    parameters = [
+        (part, name, value, value.data, value.grad)
+        for part in module.modules()
+        for name, value in part._parameters.items()
+        if value is not None
+    ]
     buffers = [(part, name, value) for part in module.modules() for name, value in part._buffers.items()]
     if all(value.device == device for value in (*module.parameters(), *module.buffers())):
         yield
         return
     try:
-        for value, _, _ in parameters:
+        for _, _, value, _, _ in parameters:
             value.grad = None  # stays where it is
         try:
             module.to(device)
@@ -211,8 +233,10 @@ def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
             raise InputError(f"{type(module).__name__} cannot be moved to {device}: {_line(error)}") from error
         yield
     finally:
-        for value, data, gradient in parameters:
-            value.data, value.grad = data, gradient
+        for part, name, parameter, data, gradient in parameters:
+            parameter.data, parameter.grad = data, gradient
+            if part._parameters[name] is not parameter:  # a move between unlike devices makes new ones
+                setattr(part, name, parameter)  # and not by the dict: recurrent layers keep a list of their own
         for part, name, buffer in buffers:
             part._buffers[name] = buffer
 
@@ -296,7 +320,7 @@ def _hash_network(module: nn.Module) -> str:
         if isinstance(value, Tensor):
             value = value.detach().dequantize() if value.is_quantized else value.detach()
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -10,14 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from sklearn.cluster import KMeans
 
 import gpuclust.demo
 from gpuclust.capture.datasets import read_dataset
 from gpuclust.capture.layers import choose_layers, find_layers
 from gpuclust.capture.models import load_network
+from gpuclust.capture.stream import ActivationStream
+from gpuclust.compare.scores import compare
 from gpuclust.demo import demo_dataset, demo_network
 from gpuclust.demo.dataset import CLASSES, IMAGES
 from gpuclust.demo.network import WEIGHTS, DemoNet, normalise, to_input
@@ -88,6 +92,23 @@ def test_accuracy_is_what_the_weights_file_says(pictures):
     assert {"seed", "epochs", "torch", "threads", "data"} <= about.keys()
 
 
+def test_the_deeper_the_layer_the_nearer_its_clusters_are_to_the_classes(pictures):
+    network, _ = demo_network()
+    layers = choose_layers(find_layers(network, pictures[:1]), ["conv1", "conv3", "conv5", "fc7"])
+    rows: dict[str, np.ndarray] = {}
+    with ActivationStream(network, layers) as stream:
+        stream.forward(pictures, lambda layer, values: rows.update({layer.name: values.flatten(1).numpy().copy()}))
+    scores = {}
+    for name, x in rows.items():
+        clusters = KMeans(10, n_init=3, random_state=0).fit_predict(x)
+        scores[name] = compare(clusters, np.array(demo_dataset().targets), 10, 10)[2]
+    for score in ("ari", "ami", "accuracy"):
+        values = [scores[name][score] for name in ("conv1", "conv3", "conv5", "fc7")]
+        assert np.diff(values).min() > 0.05, (score, values)
+    assert scores["conv1"]["ari"] < 0.5 * scores["fc7"]["ari"]
+    assert scores["fc7"]["accuracy"] > 0.85
+
+
 def test_dataset_is_balanced_and_names_its_classes():
     dataset = demo_dataset()
     assert len(dataset) == 1000
@@ -123,7 +144,11 @@ def test_transform_takes_grey_and_rgb_and_any_size():
     expected = (np.asarray(picture, np.float64) / 255 - 0.2860) / 0.3530
     assert np.allclose(tensor[0].numpy(), expected, atol=1e-6)
     assert torch.equal(to_input(picture.convert("RGB")), tensor)
-    assert torch.equal(to_input(picture.resize((56, 56), Image.Resampling.NEAREST)), tensor)
+    # Shrinking filters first: torch's way of doing that is within the rounding to whole greys, done twice.
+    twice = picture.resize((56, 56), Image.Resampling.NEAREST)
+    pixels = torch.from_numpy(np.array(twice)).float()[None, None]
+    smaller = F.interpolate(pixels, size=(28, 28), mode="bilinear", antialias=True)[0]
+    assert (to_input(twice) - normalise(smaller)).abs().max() <= 1.01 / 255 / 0.3530
     assert to_input(Image.new("RGB", (400, 300), "red")).shape == (1, 28, 28)
 
 

@@ -269,7 +269,7 @@ def _from_torchvision(name: str, weights: str, seed: int, download: bool) -> Net
     pretrained = weights in names and chosen is not None
     if pretrained:
         chosen = published[weights]
-    if pretrained and download:
+    if pretrained and chosen is not None and download:
         try:
             # Before anything is built, so that a machine without a network is told at once, and read as weights
             # alone; get_model, which would unpickle anything, then finds this same file cached.

@@ -103,7 +103,9 @@ class Frame:
         if dtype == torch.float32 and 2.0**-20 <= largest <= 2.0**40 and offset <= 8 * spread:
             return cls(centre, False, 1.0, far2)
         exponent = math.frexp(largest)[1] if largest > 0 else 0
-        return cls(centre, True, 2.0 ** -max(-1000, min(1000, exponent)), far2)
+        # The scale is a number of the type that rows are converted in, and must be finite and normal there.
+        limit = 1000 if dtype == torch.float64 else 120
+        return cls(centre, True, 2.0 ** -max(-limit, min(limit, exponent)), far2)
 
     def norms(self, dist2: torch.Tensor) -> torch.Tensor:
         """Upper bounds of ||x^||, float32 (b,), from the squared distances (b,) of the rows to the centre."""
@@ -133,10 +135,10 @@ class Frame:
         underflow = d * 2.0**-110
         if dtype == torch.float64 and self.far2 < 2.0**-900:
             underflow = math.inf  # the norms themselves have lost digits: nothing can be certified
-        far2 = (math.sqrt(self.far2) * self.scale) ** 2
+        far = math.sqrt(self.far2) * self.scale
         # The bias itself was summed in float64: d 2**-53 of its terms' absolute values.
         summed = d * 2.0**-52 * (square + (0 if self.converted else 2 * square.sqrt() * self._centre_norm()))
-        margin = 8 * _U * bias.abs() + summed + 4 * reference * (square + far2) + underflow
+        margin = 8 * _U * bias.abs() + summed + 4 * reference * (square + far * far) + underflow
         slope = 2 * square.sqrt() * relative
         inflate = 1 + 2.0**-10
         high, low = bias + margin * inflate, bias - margin * inflate

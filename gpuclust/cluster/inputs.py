@@ -121,7 +121,7 @@ def read_weights(weights: Any, source: ChunkSource) -> torch.Tensor | None:
     if bool((values < 0).any()):
         raise InputError("Negative values in data passed to `sample_weight`: weights are at least 0.")
     if not bool((values > 0).any()):
-        raise InputError("sample_weight has no value above 0: at least one row needs weight.")
+        raise InputError("sample_weight is zero for every row: at least one needs a weight above zero.")
     return None if bool((values == 1).all()) else values
 
 

@@ -50,11 +50,12 @@ def dist2_to_all(source: ChunkSource, centroids: torch.Tensor) -> Iterator[tuple
     centre = centroids.double().mean(0)
     moved = centroids.double() - centre
     square = torch.linalg.vecdot(moved, moved)
-    for start, x in source.chunks(block_rows(source.shape[1], source.device)):
+    for start, x in source.chunks(block_rows(max(centroids.shape), source.device)):
         largest_per_column(x, start)
         rows = x.double() - centre
         norms = torch.linalg.vecdot(rows, rows)[:, None] + square
         dist2 = torch.addmm(norms, rows, moved.t(), alpha=-2.0)
-        row, which = (dist2 < norms * _CANCELLED).nonzero(as_tuple=True)
+        # Not "less": what overflowed to no number must be read again.
+        row, which = (dist2 >= norms * _CANCELLED).logical_not_().nonzero(as_tuple=True)
         dist2[row, which] = reference_dist2(x, centroids, which, row)
         yield slice(start, start + x.shape[0]), dist2

@@ -22,6 +22,7 @@ import torch
 from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.source import ChunkSource, block_rows
+from gpuclust.cluster.sums import total
 
 # Below this mean distance, in steps of the image squared and per feature, its rounding (1/6) is a percent of it.
 _COARSE = 16
@@ -92,6 +93,8 @@ class _PlusPlus:
         self.bits = [RandomBits(seed, restart) for restart in restarts]
         self.trials = 2 + int(math.log(k))
         self.share = None if weights is None else weights / weights.amax()
+        # What is drawn where nothing is left to cover: a row that has weight.
+        self.spare = 0 if self.share is None else int(self.share.nonzero()[0])
         self.image = _Image(source, moments, budget_bytes // 2)
         self.keeps = 8 * self.n * len(restarts) * self.trials <= budget_bytes // 2
         self.closest = torch.full((len(restarts), self.n), math.inf, dtype=torch.float64, device=source.device)
@@ -114,25 +117,30 @@ class _PlusPlus:
         return [self._pick(heaps, bits, 1).item() for bits in self.bits]  # type: ignore[misc]
 
     def _pick(self, heaps: torch.Tensor, bits: RandomBits, count: int) -> torch.Tensor:
-        """Draw rows from cumulated whole-number weights (n,); row 0 where they are all zero."""
+        """Draw rows from cumulated whole-number weights (n,); the spare row where they are all zero."""
         limit = int(heaps[-1])
         targets = torch.tensor(bits.below(limit, count), device=heaps.device)
-        return torch.searchsorted(heaps, targets, right=True) if limit else targets
+        return torch.searchsorted(heaps, targets, right=True) if limit else targets.fill_(self.spare)
 
     def _units(self) -> torch.Tensor:
         """What the distances of each restart are multiplied with so that n of them fit 62 bits: float64 (r, 1)."""
         units = torch.ones(len(self.fine), 1, dtype=torch.float64, device=self.closest.device)
         for i, fine in enumerate(self.fine):
-            if fine:
-                exponent = 61 - math.ceil(math.log2(self.n + 1)) - math.frexp(self.closest[i].amax().item())[1]
+            if not fine and self.share is None:
+                continue
+            largest = self._weighted(self.closest[i]).amax().item()
+            if math.isfinite(largest):
+                exponent = 61 - math.ceil(math.log2(self.n + 1)) - math.frexp(largest)[1]
                 units[i] = 2.0 ** max(-1000, min(1000, exponent))
         return units
 
+    def _weighted(self, dist2: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
+        return dist2 if self.share is None else dist2 * self.share[part]
+
     def _mass(self, dist2: torch.Tensor, units: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
         """Squared distances (r, ..., b) times the weights of the rows, as whole numbers, int64."""
-        if self.share is not None:
-            dist2 = dist2 * self.share[part]
-        if any(self.fine):
+        dist2 = self._weighted(dist2, part)
+        if self.share is not None or any(self.fine):
             dist2 = dist2 * (units if dist2.ndim == 2 else units[..., None])
         return dist2.long()
 
@@ -178,8 +186,9 @@ class _PlusPlus:
 
     def _refine(self, chosen: list[list[int]]) -> None:
         """Go over to reference distances in every restart whose image has become too coarse."""
+        rows_by_weight = self.n if self.share is None else total(self.share)
         for i, rows in enumerate(chosen):
-            if self.fine[i] or int(self.closest[i].long().sum()) >= _COARSE * self.n * self.d:
+            if self.fine[i] or total(self._weighted(self.closest[i])) >= _COARSE * self.d * rows_by_weight:
                 continue
             self.fine[i] = True
             centroids = self.source.take(torch.tensor(rows, device=self.source.device))

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 # The columns of layers.csv, in order. Times and peak_bytes are the only ones that two equal runs may differ in.
-COLUMNS = (
-    "layer module kind n d k purity accuracy error ari ami nmi homogeneity completeness silhouette "
-    "inertia n_iter backend solver capture_s cluster_s peak_bytes"
-).split()
+COLUMNS = [
+    *("layer", "module", "kind", "n", "d", "k", "purity", "accuracy", "error", "ari", "ami", "nmi"),
+    *("homogeneity", "completeness", "silhouette", "inertia", "n_iter", "backend", "solver"),
+    *("capture_s", "cluster_s", "peak_bytes"),
+]
 _ARRAYS = ("labels", "dist2", "table", "match", "projection")
 
 
@@ -25,7 +26,8 @@ class LayerResult:
     Attributes
     ----------
     layer, module, kind : str
-        Friendly name (``conv1``), qualified module name (``features.1``), and ``conv``, ``linear``, ``block`` or ``pool``.
+        Friendly name (``conv1``), qualified module name (``features.1``), and ``conv``, ``linear``, ``block`` or
+        ``pool``.
     shape : tuple of int
         Shape of one image's activations.
     n, d, k : int

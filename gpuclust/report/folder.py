@@ -8,122 +8,138 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gpuclust.compare.result import LayerResult
-from gpuclust.errors import InputError
-from gpuclust.report.report import DAMAGE, Samples, put, write
+from gpuclust.errors import GpuclustError, InputError
+from gpuclust.report.report import DAMAGE, STATE, Report, Samples, layer_file, put, samples_file, write
 
 _FILES = ("report.html", "layers.csv", "assignments.parquet", "run.json")
 _FIGURES = ("trend", "heatmaps", "projections", "figure2")
+_STATE_FILE = re.compile(r"(\d{3,}\.npz|samples\.npz|run\.json|images\.json)(\.tmp)?")
+# What a change of shows in these as well, which say nothing of their own then.
+_ORIGINS = {
+    "images": ("data", "classes", "class_level", "per_class", "seed", "on_bad_image", "max_pixels"),
+    "network": ("model", "weights", "seed"),
+}
+
+Read = TypeVar("Read")
 
 
 class RunFolder:
-    """A run's folder, claimed for one run.
+    """A run's folder. Nothing is written before `begin`, and nothing at all where ``path`` is None.
 
     Parameters
     ----------
     path : path or None
-        Made if need be; None keeps nothing.
-    identity : dict
-        What the results depend on, for JSON.
+        Made if need be.
     resume, force : bool
-        Go on with the run that is there, or remove it.
+        Go on with the run that is there, or replace it.
+
+    Attributes
+    ----------
+    samples : Samples or None
+        The images of the run, once a pass over them is finished.
+    images : dict or None
+        What was chosen and skipped in that pass.
 
     Raises
     ------
     InputError
-        If the folder holds a run and neither is said, or if the run there is another one (what differs is named).
+        If the folder holds a run and neither is said.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None,
-        identity: dict[str, Any],
-        *,
-        resume: bool = False,
-        force: bool = False,
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, *, resume: bool = False, force: bool = False) -> None:
         if resume and force:
-            raise InputError("resume goes on with the run that is there, force removes it: give one of the two")
-        self._state = None if path is None else Path(path) / ".state"
-        if self._state is None:
+            raise InputError("--resume goes on with the run that is there, --force replaces it: give one of the two")
+        self.samples: Samples | None = None
+        self.images: dict[str, Any] | None = None
+        self._path = None if path is None else Path(path)
+        self._resume = resume
+        if self._path is None:
             return
-        folder = self._state.parent
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"out is a folder; {str(folder)!r} is a file")
-        if (folder / "run.json").exists() or self._state.exists():
-            if force:
-                remove_run(folder)
-            elif resume:
-                self._compare(json.loads(json.dumps(identity)))
-            else:
-                raise InputError(
-                    f"{str(folder)!r} holds a run: --resume goes on with it, --force removes it, --out takes another "
-                    "folder"
-                )
-        try:
-            self._state.mkdir(parents=True, exist_ok=True)
-            self._keep("run.json", identity)
-        except OSError as error:
-            raise InputError(f"cannot write into {str(folder)!r}: {error.strerror}") from error
+        if self._path.exists() and not self._path.is_dir():
+            raise InputError(f"--out is a folder; {str(self._path)!r} is a file")
+        held = _held(self._path)
+        if held and not (resume or force):
+            raise InputError(
+                f"{str(self._path)!r} holds a run ({held[0]}): --resume goes on with it, --force replaces it, --out "
+                "takes another folder"
+            )
 
-    def results(self, count: int) -> dict[int, LayerResult]:
-        """Those of ``count`` layers that are done, by index."""
-        read = {index: self._read(f"{index:03d}.npz", LayerResult.load) for index in range(count)}
+    def results(self, identity: dict[str, Any], count: int) -> dict[int, LayerResult]:
+        """Those of ``count`` layers that are done already, by index; none unless the run is resumed.
+
+        Raises
+        ------
+        InputError
+            If the run there depends on something else than ``identity`` says; what differs is named.
+        """
+        if self._path is None or not self._resume or not _held(self._path):
+            return {}
+        before = _read(self._path / STATE / "run.json", _read_json)
+        if not isinstance(before, dict):
+            raise InputError(
+                f"{str(self._path)!r} holds a report without the state of its run, so it cannot be resumed: --force "
+                "replaces it, --out takes another folder"
+            )
+        if said := _differences(before, json.loads(json.dumps(identity))):
+            raise InputError(
+                f"the run in {str(self._path)!r} is another one: {'; '.join(said)}. Resume it as it was begun, replace "
+                "it with --force, or take another folder with --out"
+            )
+        self.samples = _read(samples_file(self._path), Samples.load)
+        self.images = _read(self._path / STATE / "images.json", _read_json)
+        if self.samples is None or self.images is None:
+            return {}
+        read = {index: _read(layer_file(self._path, index), LayerResult.load) for index in range(count)}
         return {index: result for index, result in read.items() if result is not None}
 
-    def samples(self) -> Samples | None:
-        """The images of the run, if a pass over them was finished."""
-        return self._read("samples.npz", Samples.load)
-
-    def images(self) -> dict[str, Any] | None:
-        """What was chosen and skipped in that pass."""
-        return self._read("images.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Make the folder ready for results: what is in the way goes, unless the run is resumed."""
+        if self._path is None:
+            return
+        with _writing(self._path):
+            if not self._resume:
+                remove_run(self._path)
+            (self._path / STATE).mkdir(parents=True, exist_ok=True)
+            _keep(self._path / STATE / "run.json", identity)
 
     def keep_samples(self, samples: Samples, images: dict[str, Any]) -> None:
-        """Keep the images and what `ImageSource.describe` says of them."""
-        if self._state is not None:
-            samples.save(self._state / "samples.npz")
-            self._keep("images.json", images)
+        """Keep the images and what `ImageSource.describe` says of them.
+
+        Raises
+        ------
+        InputError
+            If they are not those that the layers which are done already were clustered with.
+        """
+        before = self.samples
+        if before and (before.paths != samples.paths or before.labels.tolist() != samples.labels.tolist()):
+            raise InputError(
+                f"the images that could be read are not those of the run in {str(self._path)!r}: --force starts over"
+            )
+        self.samples, self.images = samples, images
+        if self._path is not None:
+            with _writing(self._path):
+                samples.save(samples_file(self._path))
+                _keep(self._path / STATE / "images.json", images)
 
     def keep_result(self, index: int, result: LayerResult) -> None:
         """Keep the result of the layer of that index."""
-        if self._state is not None:
-            result.save(self._state / f"{index:03d}.npz")
+        if self._path is not None:
+            with _writing(self._path):
+                result.save(layer_file(self._path, index))
 
-    def _compare(self, identity: dict[str, Any]) -> None:
-        before = self._read("run.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
-        if not isinstance(before, dict):
-            return remove_run(self._folder)  # it died before anything was done, or is damaged
-        changed = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
-        if changed:
-            said = "; ".join(_difference(name, before.get(name), identity.get(name)) for name in changed)
-            raise InputError(
-                f"the run in {str(self._folder)!r} is another one: {said}. Resume it as it was begun, remove it with "
-                "--force, or take another folder with --out"
-            )
-
-    @property
-    def _folder(self) -> Path:
-        assert self._state is not None
-        return self._state.parent
-
-    def _read(self, name: str, reader: Any) -> Any:
-        if self._state is None or not (self._state / name).is_file():
-            return None
-        try:
-            return reader(self._state / name)
-        except DAMAGE:
-            return None
-
-    def _keep(self, name: str, value: dict[str, Any]) -> None:
-        assert self._state is not None
-        text = json.dumps(value, indent=1)
-        write(self._state / name, partial(put, text.encode("utf-8", "backslashreplace")))
+    def finish(self, report: Report) -> None:
+        """Write the report."""
+        if self._path is not None:
+            with _writing(self._path):
+                report.save(self._path)
 
 
 def remove_run(folder: Path) -> None:
@@ -132,12 +148,63 @@ def remove_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in _FIGURES:
         (folder / "figures" / f"{name}.png").unlink(missing_ok=True)
-    if (folder / "figures").is_dir() and not any((folder / "figures").iterdir()):
-        (folder / "figures").rmdir()
-    shutil.rmtree(folder / ".state", ignore_errors=True)
+    if (folder / STATE).is_dir():
+        for file in list((folder / STATE).iterdir()):
+            if _STATE_FILE.fullmatch(file.name):
+                file.unlink()
+    for name in ("figures", STATE):
+        if (folder / name).is_dir() and not any((folder / name).iterdir()):
+            (folder / name).rmdir()
 
 
-def _difference(name: str, before: Any, now: Any) -> str:
-    if name in ("images", "parameters"):
-        return f"the {'images' if name == 'images' else 'weights of the network'} are not the same"
-    return f"{name} was {before!r}, is {now!r}"
+def read_model(folder: str | os.PathLike[str]) -> str | None:
+    """The name of the network whose run the folder holds, if it holds one."""
+    found = _read(Path(folder) / STATE / "run.json", _read_json)
+    return found.get("model") if isinstance(found, dict) else None
+
+
+def _held(folder: Path) -> list[str]:
+    """Names of the results in a folder. A pass that was interrupted before its first layer was done leaves none."""
+    layers = sorted(file.name for file in (folder / STATE).glob("*.npz") if file.stem.isdigit())
+    return [name for name in _FILES if (folder / name).exists()] + [f"{STATE}/{name}" for name in layers]
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    shown = [name for name in changed if not set(_ORIGINS.get(name, ())) & set(changed)]
+    return [
+        f"the {name} {'are' if name == 'images' else 'is'} not the same"
+        if name in _ORIGINS
+        else f"{name} was {_show(before.get(name))}, is {_show(now.get(name))}"
+        for name in shown
+    ]
+
+
+def _show(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _read(path: Path, reader: Callable[[Path], Read]) -> Read | None:
+    """What is in a file; None where it is missing or damaged."""
+    try:
+        return reader(path) if path.is_file() else None
+    except DAMAGE:
+        return None
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _keep(path: Path, value: dict[str, Any]) -> None:
+    write(path, partial(put, json.dumps(value, indent=1).encode()))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise GpuclustError(
+            f"cannot write into {str(folder)!r}: {error.strerror or error}; what is done is kept, and --resume goes on"
+        ) from error

@@ -1,0 +1,54 @@
+"""What a test may need of the machine, decided in one place: a skip says what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+
+
+@cache
+def missing_gpu() -> str | None:
+    """Why tests marked gpu cannot run here."""
+    import torch
+
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+@cache
+def chromium() -> str | None:
+    """The path of a Chromium."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+def missing_browser() -> str | None:
+    """Why tests marked browser cannot run here."""
+    if importlib.util.find_spec("playwright") is None:
+        return "playwright is not installed (pip install playwright)"
+    return None if chromium() else "no Chromium on PATH (Debian: apt-get install chromium)"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := missing_gpu()):
+        if os.environ.get("GPUCLUST_REQUIRE_GPU") == "1":
+            pytest.fail(f"GPUCLUST_REQUIRE_GPU is 1, and {reason}", pytrace=False)
+        pytest.skip(reason)
+    if item.get_closest_marker("browser") and (reason := missing_browser()):
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium without windows, for tests marked browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # The sandbox needs rights that a container's root does not have; the page is our own.
+        launched = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield launched
+        launched.close()
