@@ -71,7 +71,7 @@ def analyze(
     InputError
         For anything that cannot be used as given.
     MemoryLimitError
-        If the run does not fit, before any image is decoded.
+        If the run does not fit, before the pass over the images.
     UnavailableError
         If a device, backend or published weights cannot be had here.
     """
