@@ -50,20 +50,6 @@ def test_the_rows_are_one_allocation_that_append_does_not_replace():
     assert torch.equal(store.rows, random(6, 2, 2).reshape(6, 4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_rows_of_many_megabytes_are_as_small_ones(dtype, monkeypatch):
-    batches = [random(3, 500_000), random(2, 500_000, seed=1)]
-    large = filled(batches, dtype)
-    monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)  # as where there is no such thing
-    assert torch.equal(large.rows, filled(batches, dtype).rows)
-    assert large.rows.is_contiguous()
-    assert large.rows.data_ptr() % 64 == 0
-    view = large.rows[1:2]
-    expected = view.clone()
-    del large
-    assert torch.equal(view, expected)  # the memory lives as long as any view
-
-
 def test_fewer_rows_than_planned_are_a_view_of_the_first():
     store = filled([random(3, 4)], n=10)
     assert store.shape == (3, 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator
 
 import torch
@@ -15,9 +14,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF_LIMIT = 65504.0  # the largest finite float16
 # A fresh scale puts the largest magnitude into [2^13, 2^14): two doublings before it must be lowered.
 HALF_HEADROOM = 13
-
-
-HUGE_PAGE_BYTES = 2**21
 
 
 class LayerStore:
@@ -60,7 +56,7 @@ class LayerStore:
         self.scale = 1.0
         self.filled = 0
         self._scaled = False
-        self._buffer = _allocate(n, d, dtype, torch.device(device))
+        self._buffer = torch.empty((n, d), dtype=dtype, device=device)
         self._checksum = torch.zeros((), dtype=torch.float32, device=device)
 
     @property
@@ -166,17 +162,3 @@ class LayerStore:
             f"{rows[row, column].item()} in {rows.dtype}; check the weights and the transform, leave this layer out "
             "with --layers, or use --dtype float32"
         )
-
-
-def _allocate(n: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Rows without contents. Large ones of Linux' main memory lie in huge pages: touching 512 times as many small
-    pages for the first time takes longer than copying the activations into them."""
-    size = n * d * dtype.itemsize
-    if device.type == "cpu" and size >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=dtype).view(n, d)
-        except OSError:  # a kernel without them; or no memory, which torch says better
-            pass
-    return torch.empty((n, d), dtype=dtype, device=device)
