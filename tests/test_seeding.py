@@ -128,7 +128,7 @@ def test_draws_do_not_depend_on_chunks_memory_threads_or_the_other_restarts(
             assert plus_plus(x, 12, range(6), weights=weights) == whole
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(seeding, "block_rows", lambda d, device: 13)
+    monkeypatch.setattr(seeding, "tile_rows", lambda d, device: 13)
     for budget in (1, BUDGET):
         assert plus_plus(x, 12, range(6), weights=weights, budget=budget) == whole
     assert plus_plus(x, 12, range(6), weights=weights, seed=1) != whole

@@ -21,7 +21,7 @@ import torch
 
 from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.source import ChunkSource, block_rows
+from gpuclust.cluster.source import ChunkSource, tile_rows, tiles
 from gpuclust.cluster.sums import total
 
 # Below this mean distance, in steps of the image squared and per feature, its rounding (1/6) is a percent of it.
@@ -173,11 +173,12 @@ class _PlusPlus:
         r, trials = tried.shape
         candidates = self.source.take(tried.flatten())
         points = self.image.of(candidates)
+        square = torch.linalg.vecdot(points, points)
         for start, x in self.source.chunks(self.image.rows):
             part = slice(start, start + x.shape[0])
             dist2 = self.closest.new_empty(r * trials, x.shape[0])
             if not all(self.fine):
-                self.image.dist2(x, start, points, out=dist2)
+                self.image.dist2(x, start, points, square, out=dist2)
             for j in range(r * trials):
                 if self.fine[j // trials]:
                     dist2[j] = reference_dist2(x, candidates[j])
@@ -211,23 +212,31 @@ class _Image:
         reach = min(2.0**26, math.sqrt(2.0**62 / n)) / 2 - math.sqrt(d) / 2
         exponent = math.frexp(reach / far)[1] - 1 if far > 0 else 0
         self.mean, self.scale = moments.mean, 2.0 ** max(-1000, min(1000, exponent))
-        self.rows = block_rows(d, source.device)
-        self.norms = torch.empty(n, dtype=torch.float64, device=source.device)
+        self.rows = min(n, tile_rows(d, source.device))
+        self.norms = torch.zeros(n, dtype=torch.float64, device=source.device)
         self._kept = torch.empty(n, d, dtype=torch.float64, device=source.device) if 8 * n * d <= budget_bytes else None
         for start, x in source.chunks(self.rows):
-            points = self.of(x)
             part = slice(start, start + x.shape[0])
-            self.norms[part] = torch.linalg.vecdot(points, points)
-            if self._kept is not None:
-                self._kept[part] = points
+            for span in tiles(self.rows, d, source.device):
+                points = self.of(x, span)
+                self.norms[part] += torch.linalg.vecdot(points, points)
+                if self._kept is not None:
+                    self._kept[part, span] = points
 
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """The image of rows (b, d): whole numbers as float64."""
-        return (x.double() - self.mean).mul_(self.scale).round_()
+    def of(self, x: torch.Tensor, span: slice = slice(None)) -> torch.Tensor:
+        """The image of rows (b, d), or of a span of their features: whole numbers as float64."""
+        return (x[:, span].double() - self.mean[span]).mul_(self.scale).round_()
 
-    def dist2(self, x: torch.Tensor, start: int, points: torch.Tensor, out: torch.Tensor) -> None:
-        """Squared distances of the rows ``x``, which begin at ``start``, to image points (p, d): ``out`` (p, b)."""
+    def dist2(self, x: torch.Tensor, start: int, points: torch.Tensor, square: torch.Tensor, out: torch.Tensor) -> None:
+        """Squared distances of the rows ``x``, which begin at ``start``, to image points (p, d): ``out`` (p, b).
+
+        ``square`` (p,) are the squared norms of the points. Every partial sum is exact, whatever the tiles.
+        """
         part = slice(start, start + x.shape[0])
-        rows = self.of(x) if self._kept is None else self._kept[part]
-        torch.mm(points, rows.t(), out=out)
-        out.mul_(-2.0).add_(self.norms[part]).add_(torch.linalg.vecdot(points, points)[:, None])
+        if self._kept is not None:
+            torch.mm(points, self._kept[part].t(), out=out)
+        else:
+            out.zero_()
+            for span in tiles(self.rows, x.shape[1], x.device):
+                out.addmm_(points[:, span], self.of(x, span).t())
+        out.mul_(-2.0).add_(self.norms[part]).add_(square[:, None])

@@ -12,6 +12,10 @@ from gpuclust.config import environment
 
 # Bytes of scores that a pass holds at a time: what a processor's cache takes, or what keeps a GPU busy.
 _CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# Values whose float64 copy is cheap to hold: it stays in a processor's cache, or fills a GPU.
+_BLOCK_VALUES = {"cuda": 1 << 24}
+# Rows that share one reading of what they are multiplied with.
+_TILE_ROWS = 128
 
 
 class ChunkSource(Protocol):
@@ -48,8 +52,19 @@ class TensorSource:
 
 
 def block_rows(d: int, device: torch.device) -> int:
-    """Rows of width ``d`` whose float64 copy is cheap to hold: it stays in a processor's cache, or fills a GPU."""
-    return max(1, (1 << 24 if device.type == "cuda" else 1 << 18) // d)
+    """Rows of width ``d`` whose float64 copy is cheap to hold; one at least."""
+    return max(1, _BLOCK_VALUES.get(device.type, 1 << 18) // d)
+
+
+def tile_rows(d: int, device: torch.device) -> int:
+    """Rows that are multiplied at a time, a tile of features after another where all of them would be too many."""
+    return max(_TILE_ROWS, block_rows(d, device))
+
+
+def tiles(rows: int, d: int, device: torch.device) -> Iterator[slice]:
+    """Slices of ``d`` features; so many rows' float64 copy of one is cheap to hold."""
+    width = block_rows(rows, device)
+    return (slice(start, min(d, start + width)) for start in range(0, d, width))
 
 
 def chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:

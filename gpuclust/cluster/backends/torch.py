@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from gpuclust.cluster.backends.base import SLICE, Candidates, Operand, Problem
-from gpuclust.cluster.source import block_rows
+from gpuclust.cluster.source import tile_rows, tiles
 from gpuclust.cluster.sums import Grid
 
 # Adding a row to a sum takes as long as that many rows times one column of a product with the matrix of memberships.
@@ -82,29 +82,34 @@ class TorchBackend:
         target = sums.view(len(sums), r * k, -1)
         moved = row[: sign.numel() if minus is None else sign.numel() // 2].unique_consecutive()
         if row.numel() * _PRODUCTS_PER_ADD < moved.numel() * r * k:
-            for part in _parts(row.numel(), x):
-                for level, terms in enumerate(_terms(x, row[part], weights, grid)):
-                    target[level].index_add_(0, cluster[part], terms.mul_(sign[part, None]))
+            for part, span in _tiles(row.numel(), x):
+                for level, terms in enumerate(_terms(x, row[part], span, weights, grid)):
+                    target[level, :, span].index_add_(0, cluster[part], terms.mul_(sign[part, None]))
             return
         column = torch.searchsorted(moved, row)
         member = torch.zeros(r * k, moved.numel(), dtype=torch.float64, device=x.device)
         member[cluster, column] = sign
-        for part in _parts(moved.numel(), x):
-            for level, terms in enumerate(_terms(x, moved[part], weights, grid)):
-                target[level].addmm_(member[:, part], terms)
+        for part, span in _tiles(moved.numel(), x):
+            for level, terms in enumerate(_terms(x, moved[part], span, weights, grid)):
+                target[level, :, span].addmm_(member[:, part], terms)
 
 
-def _parts(count: int, x: torch.Tensor) -> Iterator[slice]:
-    size = block_rows(x.shape[1], x.device)
-    return (slice(start, start + size) for start in range(0, count, size))
+def _tiles(count: int, x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """So many rows and the features of ``x`` in blocks that are cheap to hold as float64."""
+    size = min(count, tile_rows(x.shape[1], x.device))
+    for span in tiles(size, x.shape[1], x.device):
+        for start in range(0, count, size):
+            yield slice(start, start + size), span
 
 
-def _terms(x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, grid: Grid) -> list[torch.Tensor]:
-    """The chosen rows as the sums take them: per level, float64 (rows, d) on the grid."""
-    values = x.index_select(0, rows).double()
+def _terms(
+    x: torch.Tensor, rows: torch.Tensor, span: slice, weights: torch.Tensor | None, grid: Grid
+) -> list[torch.Tensor]:
+    """The chosen rows, a span of their features, as the sums take them: per level, float64 (rows, w) on the grid."""
+    values = x[:, span].index_select(0, rows).double()
     if weights is not None:
         values *= weights[rows, None]
-    return grid.split(values)
+    return grid.split(values, span.start)
 
 
 def _scores(x: torch.Tensor, operand: Operand) -> torch.Tensor:
