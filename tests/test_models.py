@@ -140,7 +140,7 @@ def test_without_a_network_one_line_says_how_to_give_a_file(no_network, weights,
     assert "(Name or service not known)" in message or "([Errno -2] Name or service not known)" in message
     assert message.endswith("give a local file with --weights PATH, or random weights with --weights none")
     assert "\n" not in message
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr() == ("", "")
 
 
 def test_other_failures_of_a_download_say_what_they_are(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -361,11 +361,12 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _bar_on_a_terminal() -> Iterator[bool]:
-    """Whether torch should show a download's progress; what it prints apart from that is dropped where it shouldn't."""
+    """Whether torch should show a download's progress; all that it prints goes to a terminal's stderr, or is dropped."""
     if sys.stderr.isatty():
-        yield True
+        with redirect_stdout(sys.stderr):
+            yield True
     else:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             yield False
 
 

@@ -1,0 +1,244 @@
+"""The folder of a run: nothing lost, nothing mixed, nothing of the user's removed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cases_run as cases
+import pytest
+
+import gpuclust
+from gpuclust import analysis
+from gpuclust.compare.result import COLUMNS, LayerResult
+from gpuclust.errors import GpuclustError, InputError
+from gpuclust.report import folder as folder_module
+from gpuclust.report.folder import RunFolder, read_model, remove_run
+
+TIMES = ("capture_s", "cluster_s", "peak_bytes")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cases.write_folder(tmp_path_factory.mktemp("data") / "pictures")
+
+
+def analyze(data: Path, out: Path, **options: Any) -> gpuclust.Report:
+    return gpuclust.analyze((cases.small_net(), cases.to_tensor), data, out=out, **options)
+
+
+def results(folder: Path) -> tuple[Any, bytes]:
+    """layers.csv without times and memory, and assignments.parquet to the byte."""
+    import pandas
+
+    layers = pandas.read_csv(folder / "layers.csv")
+    assert list(layers.columns) == COLUMNS
+    return layers.drop(columns=list(TIMES)).to_csv(), (folder / "assignments.parquet").read_bytes()
+
+
+def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """The run ends with ``error`` once so many layers are kept."""
+    plain, kept = RunFolder.keep_result, list[int]()
+
+    def keep(self: RunFolder, index: int, result: Any) -> None:
+        plain(self, index, result)
+        kept.append(index)
+        if len(kept) == count:
+            raise error
+
+    monkeypatch.setattr(RunFolder, "keep_result", keep)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    analyze(data, out)
+    return out
+
+
+# ---- going on
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_interrupted_run_goes_on_where_it_was(
+    data: Path, whole: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(count, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            analyze(data, out)
+    assert not (out / "report.html").exists()
+    assert len(list((out / ".state").glob("0*.npz"))) == count
+    studied, study = [], analysis.study
+
+    def watch(setup: Any, layer: Any, *rest: Any) -> Any:
+        studied.append(layer.name)
+        return study(setup, layer, *rest)
+
+    monkeypatch.setattr(analysis, "study", watch)
+    report = analyze(data, out, resume=True)
+    assert studied == cases.LAYERS[count:]
+    assert results(out) == results(whole)
+    assert [result.layer for result in report.results] == cases.LAYERS
+
+
+def test_a_finished_run_resumes_without_reading_an_image(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    analyze(data, out)
+    (out / "report.html").unlink()
+    monkeypatch.setattr("gpuclust.analysis.capture", None)
+    analyze(data, out, resume=True)
+    assert results(out) == results(whole)
+    assert (out / "report.html").is_file()
+
+
+def test_a_damaged_layer_is_done_again(data: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    analyze(data, out)
+    file = out / ".state/001.npz"
+    file.write_bytes(file.read_bytes()[:100])
+    (out / ".state/002.npz").unlink()
+    analyze(data, out, resume=True)
+    assert results(out) == results(whole)
+
+
+def test_resuming_an_empty_or_new_folder_begins(data: Path, whole: Path, tmp_path: Path) -> None:
+    analyze(data, tmp_path / "new", resume=True)
+    assert results(tmp_path / "new") == results(whole)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"clusters": 2}, "clusters was 3, is 2"),
+        ({"layers": "conv1"}, "layers was conv1,conv2,pool,fc3, is conv1"),
+        ({"dtype": "float16"}, "dtype was float32, is float16"),
+        ({"batch_size": 5}, "batch_size was 32, is 5"),
+        ({"per_class": 7}, "per_class was 8, is 7"),
+    ],
+    ids=str,
+)
+def test_another_run_is_not_gone_on_with(
+    data: Path, tmp_path: Path, option: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(1, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            analyze(data, tmp_path / "run")
+    with pytest.raises(InputError, match=f"is another one: .*{message}") as caught:
+        analyze(data, tmp_path / "run", resume=True, **option)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_weights_and_other_images_are_noticed(tmp_path: Path) -> None:
+    data, out = cases.write_folder(tmp_path / "pictures", per_class=4), tmp_path / "run"
+    analyze(data, out, layers="pool")
+    other = cases.small_net(seed=1), cases.to_tensor
+    with pytest.raises(InputError, match="the network is not the same"):
+        gpuclust.analyze(other, data, out=out, layers="pool", resume=True)
+    cases.picture(1, 77).save(data / "cat/00.png")
+    with pytest.raises(InputError, match="the images are not the same"):
+        analyze(data, out, layers="pool", resume=True)
+
+
+def test_what_does_not_matter_to_the_result_may_change(data: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    analyze(data, out, workers=0)
+    (out / ".state/003.npz").unlink()
+    analyze(data, out, resume=True, workers=1, memory_limit="1GiB")
+    assert results(out) == results(whole)
+
+
+# ---- what is there
+
+
+def test_a_folder_with_a_run_needs_a_word(data: Path, tmp_path: Path) -> None:
+    analyze(data, tmp_path / "run", layers="pool")
+    with pytest.raises(InputError, match=r"holds a run \(report.html\): --resume goes on with it, --force replaces it"):
+        analyze(data, tmp_path / "run", layers="pool")
+    with pytest.raises(InputError, match="give one of the two"):
+        analyze(data, tmp_path / "run", layers="pool", resume=True, force=True)
+
+
+def test_force_removes_what_gpuclust_wrote_and_nothing_else(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    analyze(data, out)
+    own = [out / "notes.txt", out / "figures/mine.png", out / ".state/mine.npz", out / "sub/run.json"]
+    for file in own:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    analyze(data, out, layers="conv1", force=True)
+    assert [file.read_text() for file in own] == ["mine"] * 4
+    assert sorted(file.name for file in (out / ".state").glob("0*")) == ["000.npz"]
+    remove_run(out)
+    left = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
+    assert left == sorted(str(file.relative_to(out)) for file in own)
+
+
+def test_a_refused_run_leaves_the_one_that_is_there(data: Path, whole: Path) -> None:
+    before = {file: file.read_bytes() for file in whole.rglob("*") if file.is_file()}
+    for option in ({"layers": "nothing"}, {"memory_limit": 1}, {"clusters": 99}, {"backend": "cupy"}):
+        with pytest.raises(InputError):
+            analyze(data, whole, force=True, **option)
+    assert {file: file.read_bytes() for file in whole.rglob("*") if file.is_file()} == before
+
+
+def test_a_file_is_no_folder(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("words")
+    with pytest.raises(InputError, match=r"--out is a folder; .* is a file"):
+        analyze(data, tmp_path / "run")
+
+
+def test_a_report_without_its_state_cannot_be_resumed(data: Path, tmp_path: Path) -> None:
+    gpuclust.analyze((cases.small_net(), cases.to_tensor), data, layers="pool").save(tmp_path / "saved")
+    assert read_model(tmp_path / "saved") is None
+    with pytest.raises(InputError, match="without the state of its run"):
+        analyze(data, tmp_path / "saved", layers="pool", resume=True)
+
+
+def test_the_network_of_a_run_is_known(whole: Path, tmp_path: Path) -> None:
+    assert read_model(whole) == "SmallNet"
+    assert read_model(tmp_path) is None
+
+
+# ---- no room
+
+
+def test_a_disk_that_is_full_keeps_what_is_done(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, plain = tmp_path / "run", LayerResult.save
+
+    def save(self: LayerResult, path: Path) -> None:
+        if self.layer == "pool":
+            raise OSError(28, "No space left on device")
+        plain(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerResult, "save", save)
+        with pytest.raises(GpuclustError, match=r"cannot write into .*No space left on device; what is done is kept"):
+            analyze(data, out)
+    assert sorted(file.name for file in (out / ".state").glob("0*")) == ["000.npz", "001.npz"]
+    analyze(data, out, resume=True)
+    assert results(out) == results(whole)
+
+
+def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(content: bytes, path: Path) -> None:
+        path.write_bytes(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    keeper = RunFolder(tmp_path / "run")
+    keeper.begin({"model": "one"})
+    monkeypatch.setattr(folder_module, "put", fill)
+    with pytest.raises(GpuclustError, match="No space left on device"):
+        keeper.begin({"model": "two"})
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    state = tmp_path / "run/.state/run.json"
+    assert not state.exists() or json.loads(state.read_text()) == {"model": "one"}
