@@ -97,6 +97,8 @@ def read_options(given: Mapping[str, Any]) -> Options:
             continue
         if name in ("layers", "classes"):
             value = tuple(split_names(value)) if isinstance(value, str) else tuple(map(str, value))
+            if name == "layers":  # each may be several patterns, as on the command line
+                value = tuple(pattern for text in value for pattern in split_names(text))
         elif name == "memory_limit" and isinstance(value, str):
             value = parse_bytes(value)
         elif name in ("device", "weights"):

@@ -361,7 +361,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _bar_on_a_terminal() -> Iterator[bool]:
-    """Whether torch should show a download's progress; all that it prints goes to a terminal's stderr, or is dropped."""
+    """Whether torch should show a download's progress; what it prints goes to a terminal's stderr or nowhere."""
     if sys.stderr.isatty():
         with redirect_stdout(sys.stderr):
             yield True

@@ -1,0 +1,86 @@
+"""The bar: what a terminal shows, and silence everywhere else."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from gpuclust.capture.images import Batch
+from gpuclust.progress import Progress
+
+
+def batches(count: int, size: int = 4) -> list[Batch]:
+    return [Batch(torch.zeros(size, 1, 1, 1), np.zeros(size, np.int64), ["x"] * size, [b""] * size)] * count
+
+
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Standard error is a terminal of 100 columns; afterwards the list holds what it showed."""
+    ours, theirs = pty.openpty()
+    shown: list[str] = []
+    with monkeypatch.context() as patch, open(theirs, "w", buffering=1) as stream:
+        patch.setattr(sys, "stderr", stream)
+        patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", "100")
+        yield shown
+        os.set_blocking(ours, False)
+        text = os.read(ours, 1 << 20).decode()
+    os.close(ours)
+    shown.append(text)
+
+
+def words(shown: list[str]) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown[0])
+
+
+def go(wanted: bool = True, n: int = 12) -> None:
+    with Progress(wanted) as bar:
+        assert len(list(bar.images(batches(3), n))) == 3
+        for i, name in enumerate(("conv1", "[red]fc2")):
+            bar.layer(name, i, 2)
+
+
+def test_a_terminal_shows_images_per_second_and_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as shown:
+        go()
+    assert re.search(r"images .*12/12 +[\d.]+ images/s", words(shown))
+    assert "layer 2 of 2: [red]fc2" in words(shown)
+    assert re.search(r"layers .*2/2", words(shown))
+
+
+def test_fewer_images_than_planned_end_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as shown:
+        go(n=20)
+    assert "12/12" in words(shown)
+
+
+def test_it_is_silent_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as shown:
+        go(wanted=False)
+        print("end", file=sys.stderr)
+    assert shown[0].strip() == "end"
+
+
+def test_it_is_silent_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    go()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_passes_and_the_cursor_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        with Progress() as bar:
+            for _ in bar.images(batches(1), 4):
+                raise ZeroDivisionError
+
+    with terminal(monkeypatch) as shown, pytest.raises(ZeroDivisionError):
+        fail()
+    assert "\x1b[?25l" in shown[0]
+    assert shown[0].rindex("\x1b[?25h") > shown[0].rindex("\x1b[?25l")
