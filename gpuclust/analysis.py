@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpuclust.arithmetic import seeded
 from gpuclust.capture.layers import Layer, choose_layers
 from gpuclust.capture.memory import MemoryPlan
 from gpuclust.capture.models import load_network
@@ -24,7 +25,7 @@ from gpuclust.compare.result import LayerResult
 from gpuclust.compare.scores import chance_levels, compare
 from gpuclust.compare.similarity import geometry
 from gpuclust.config import read_options
-from gpuclust.errors import InputError
+from gpuclust.errors import InputError, users_code
 from gpuclust.progress import Progress
 from gpuclust.report import Report, Samples
 from gpuclust.report.folder import RunFolder
@@ -117,7 +118,7 @@ def analyze(
 def plan(model: Any, data: Any, **options: Any) -> MemoryPlan:
     """The bytes that `analyze` with the same arguments would hold, layer by layer; ``print`` it.
 
-    Published weights are not downloaded for it, and one image is decoded at most.
+    Published weights are not downloaded for it, and few images are decoded.
     """
     settings = read_options(options)
     images = find_images(data, settings)
@@ -139,10 +140,12 @@ def capture(setup: Setup, layers: Sequence[Layer], bar: Progress) -> tuple[Sampl
     labels, paths, thumbs = [], list[str](), list[bytes]()
     batches = images.batches(network.transform, setup.batch_size, setup.settings.workers)
     with ActivationStream(network.module, layers) as stream, closing(bar.images(batches, images.n)) as counted:
-        for batch in counted:
+        for index, batch in enumerate(counted):
             if layers:
                 pixels = batch.images.to(setup.device, setup.input_dtype)
-                stream.forward(pixels, lambda layer, activation: stores[layer.name].append(activation))
+                # Seeded for a network that draws random numbers.
+                with users_code(f"{network.name} on {len(batch)} images raised"), seeded(setup.settings.seed + index):
+                    stream.forward(pixels, lambda layer, activation: stores[layer.name].append(activation))
             labels.append(batch.labels)
             paths += batch.paths
             thumbs += batch.thumbs

@@ -1,4 +1,4 @@
-"""How the numbers are computed: full float32, whatever the caller's settings of torch are."""
+"""How the numbers are computed: full float32 and seeded random numbers, whatever the caller's settings of torch are."""
 
 from __future__ import annotations
 
@@ -40,3 +40,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
             backends.cudnn.allow_tf32 = allow_tf32
         for operation, precision in zip(operations, precisions, strict=True):
             operation.fp32_precision = precision
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of torch from ``seed``; the caller's generators are as they were afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield

@@ -12,7 +12,7 @@ from gpuclust.cluster import KMeans
 from gpuclust.cluster.fit import Fit
 from gpuclust.config import environment
 from gpuclust.errors import GpuclustError, InputError
-from gpuclust.report.report import write
+from gpuclust.files import write
 from gpuclust.setup import in_memory
 
 

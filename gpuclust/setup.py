@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gpuclust import __version__
+from gpuclust.arithmetic import seeded
 from gpuclust.capture.images import ImageSource, open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
 from gpuclust.capture.memory import MemoryPlan, free_bytes, make_plan
@@ -27,15 +29,12 @@ from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.inputs import find_device
 from gpuclust.config import Options, command_line, environment
 from gpuclust.doctor import hardware, versions
-from gpuclust.errors import GpuclustError, InputError, MemoryLimitError
+from gpuclust.errors import InputError, MemoryLimitError, first_line, is_out_of_memory, users_code
 
 # Images of one forward pass. A network's rounding depends on it, so it is part of the result: memory never changes it.
 BATCH_SIZE = {"cpu": 32, "cuda": 128}
 # Options that say how a run goes about it, and nothing about what it finds.
 _INDIFFERENT = ("workers", "memory_limit", "device")
-
-
-_OUT_OF_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory|_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -182,13 +181,15 @@ def prepare(network: Network, images: ImageSource, settings: Options) -> Iterato
             f"{images.per_class}): ask for at most that many, or take more images"
         )
     module = unwrap(network.module)
-    tensors = [*module.parameters(), *module.buffers()]
+    if any(map(is_lazy, module.parameters())):
+        find_in(network, _example(network, images), settings.seed)  # what gives them their shapes and values
+    tensors = [value for value in (*module.parameters(), *module.buffers()) if not is_lazy(value)]
     input_dtype = next((value.dtype for value in tensors if value.is_floating_point()), torch.float32)
     free = free_bytes(device)
     # On a CPU the network is in memory already, and `free` is without it.
     module_bytes = sum(value.nbytes for value in tensors if value.device != device)
     with placed(module, device):
-        found = find_in(network, _example(network, images).to(device, input_dtype))
+        found = find_in(network, _example(network, images).to(device, input_dtype), settings.seed)
         yield Setup(
             settings,
             images,
@@ -230,7 +231,7 @@ def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
         try:
             module.to(device)
         except NotImplementedError as error:  # parameters without values, on the device meta
-            raise InputError(f"{type(module).__name__} cannot be moved to {device}: {_line(error)}") from error
+            raise InputError(f"{type(module).__name__} cannot be moved to {device}: {first_line(error)}") from error
         yield
     finally:
         for part, name, parameter, data, gradient in parameters:
@@ -241,23 +242,19 @@ def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
             part._buffers[name] = buffer
 
 
-def find_in(network: Network, example: Tensor) -> list[Layer]:
+def find_in(network: Network, example: Tensor, seed: int = 0) -> list[Layer]:
     """`find_layers`, a network that does not take the example being an error of one line.
+
+    Random numbers that the network draws (lazy parameters do when they are first used) are from ``seed``.
 
     Raises
     ------
     InputError
     """
-    try:
+    size, dtype = "x".join(map(str, example.shape[1:])), str(example.dtype).removeprefix("torch.")
+    says = f"{network.name} does not take an image of {size} ({dtype}, on {example.device}):"
+    with users_code(says), seeded(seed):
         return find_layers(network.module, example)
-    except (GpuclustError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a user's network raises
-        size = "x".join(map(str, example.shape[1:]))
-        raise InputError(
-            f"{network.name} does not take an image of {size} ({str(example.dtype).removeprefix('torch.')}, on "
-            f"{example.device}): {type(error).__name__}: {_line(error)}"
-        ) from error
 
 
 def _example(network: Network, images: ImageSource) -> Tensor:
@@ -291,12 +288,11 @@ def in_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _OUT_OF_MEMORY.search(str(error))
-        if not known:
+        if not is_out_of_memory(error):
             raise
         raise MemoryLimitError(
-            f"memory ran out where the plan said that it would do (another process may have taken it): {_line(error)}; "
-            "take fewer images (--per-class), fewer layers (--layers) or --dtype float16"
+            "memory ran out where the plan said that it would do (another process may have taken it): "
+            f"{first_line(error)}; take fewer images (--per-class), fewer layers (--layers) or --dtype float16"
         ) from error
 
 
@@ -317,7 +313,9 @@ def peak_bytes(device: torch.device) -> int:
 def _hash_network(module: nn.Module) -> str:
     digest = hashlib.sha256(_without_addresses(repr(module)).encode())
     for name, value in module.state_dict().items():
-        if isinstance(value, Tensor):
+        if is_lazy(value):  # of a part that no image reaches
+            digest.update(name.encode())
+        elif isinstance(value, Tensor):
             value = value.detach().dequantize() if value.is_quantized else value.detach()
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -326,7 +324,3 @@ def _hash_network(module: nn.Module) -> str:
 
 def _without_addresses(text: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -248,7 +248,7 @@ def test_too_little_memory_is_refused_before_the_pass(tmp_path: Path) -> None:
         MemoryLimitError, match=r"needs .*\([\d,]+ bytes\).*the memory limit is 20 MB \(20,000,000 bytes\)"
     ):
         gpuclust.analyze(cases.small_net(), pictures, memory_limit="20 MB", out=tmp_path / "run")
-    assert pictures.read <= 1 + len(cases.CLASSES)  # one for its shape, one of each class for the run's identity
+    assert pictures.read <= 1 + 2 * len(cases.CLASSES)  # for its shape; of each class for its label and the identity
     assert not (tmp_path / "run").exists()
 
 
@@ -275,7 +275,7 @@ def test_what_cannot_run_is_refused_before_the_pass(option: dict[str, str]) -> N
     pictures = cases.Pictures()
     with pytest.raises(UnavailableError, match=next(iter(option.values()))):
         gpuclust.analyze(cases.small_net(), pictures, **option)
-    assert pictures.read <= 1
+    assert pictures.read <= 1 + len(cases.CLASSES)
 
 
 def test_the_device_of_the_environment_counts_where_none_is_given(
@@ -328,6 +328,49 @@ def test_activations_that_are_not_finite_name_the_layer(folder: Path) -> None:
         gpuclust.analyze((network, cases.to_tensor), folder)
 
 
+class _Drops(nn.Module):
+    """Drops out in eval mode too, and learns its shapes from the first image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.LazyConv2d(4, 3), nn.LazyLinear(3)
+        self.unused = nn.LazyLinear(2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(nn.functional.dropout(self.conv(images).relu(), 0.3).flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_random_numbers_of_the_network_come_from_the_seed(folder: Path, tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    reports = [
+        gpuclust.analyze((_Drops(), cases.to_tensor), folder, seed=seed, batch_size=5, out=tmp_path / str(i))
+        for i, seed in enumerate((3, 3, 4))
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same_results(*reports[:2])
+    assert not same_results(*reports[1:])
+    (tmp_path / "0/.state/001.npz").unlink()
+    again = gpuclust.analyze((_Drops(), cases.to_tensor), folder, seed=3, batch_size=5, out=tmp_path / "0", resume=True)
+    assert same_results(again, reports[0])
+
+
+def test_a_network_that_fails_on_a_batch_is_refused_in_one_line(folder: Path) -> None:
+    class Squeezes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.fc = cases.small_net().features, nn.Linear(6, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.inner(images).mean((2, 3)).squeeze()
+            if x.ndim == 1:
+                raise ValueError("one\ntwo")
+            return self.fc(x)
+
+    with pytest.raises(InputError, match=r"^Squeezes on 1 images raised ValueError: one \(test_analysis.py, "):
+        gpuclust.analyze((Squeezes(), cases.to_tensor), folder, batch_size=23)
+
+
 # ---- images
 
 
@@ -370,11 +413,11 @@ def test_tensors_of_another_size_than_the_network_is_known_for_are_taken() -> No
 # ---- the plan
 
 
-def test_the_plan_counts_what_the_run_holds_and_reads_one_image_at_most() -> None:
+def test_the_plan_counts_what_the_run_holds_and_reads_few_images() -> None:
     pictures = cases.Pictures()
     plan = gpuclust.plan(cases.small_net(), pictures, layers="conv*", dtype="float16")
     assert [(row.name, row.d, row.bytes) for row in plan.rows] == [("conv1", 2048, 24 * 4096), ("conv2", 384, 24 * 768)]
-    assert pictures.read == 1
+    assert pictures.read == 1 + len(cases.CLASSES)
 
 
 def test_the_plan_downloads_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

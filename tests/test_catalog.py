@@ -129,6 +129,25 @@ def test_a_manifest_that_cannot_be_used(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_one_file_written_in_two_ways_is_one_image(tmp_path):
+    write_images(tmp_path, {"x": 2, "y": 2})
+    rows = [("x/00.png", "x"), ("y/../x/01.png", "x"), (str(tmp_path / "x/01.png"), "x"), ("y/00.png", "y")]
+    source = open_images(write_manifest(tmp_path / "list.csv", rows))
+    assert source.available == {"x": 2, "y": 1}
+    rows[2] = (rows[2][0], "y")
+    with pytest.raises(InputError, match=r"line 4: .*01.png is in class 'x' already, and now in 'y'"):
+        open_images(write_manifest(tmp_path / "list.csv", rows))
+
+
+def test_a_path_that_no_file_can_have_is_a_bad_image(tmp_path):
+    write_images(tmp_path, {"x": 2, "y": 2})
+    rows = [("x/00.png", "x"), ("x/\0.png", "x"), ("y/00.png", "y"), ("y/01.png", "y")]
+    source = open_images(write_manifest(tmp_path / "list.csv", rows))
+    assert len(source.fingerprint()) == 64
+    assert len(run(source)[0]) == 3
+    assert [skipped.class_name for skipped in source.skipped] == ["x"]
+
+
 def test_a_file_of_a_manifest_that_is_not_there_is_a_bad_image(tmp_path):
     write_images(tmp_path, {"x": 2, "y": 2})
     rows = [("x/00.png", "x"), ("gone.png", "x"), ("y/00.png", "y"), ("y/01.png", "y")]

@@ -83,10 +83,22 @@ def test_labels_are_read_from_the_items(labels):
         {"samples": [("x", 1), ("y", 0), ("z", 1)]},
     ],
 )
-def test_stored_labels_are_taken_without_reading_an_item(stored):
+def test_stored_labels_are_taken_if_one_item_of_each_class_says_the_same(stored):
     data = Pairs([1, 0, 1], **stored)
     assert read_dataset(data).keys == {"0": ["1"], "1": ["0", "2"]}
-    assert data.reads == 0
+    assert data.reads == 2
+
+
+def test_at_most_sixteen_items_are_read_to_trust_stored_labels():
+    labels = [i % 40 for i in range(120)]
+    data = Pairs(labels, targets=labels)
+    assert len(read_dataset(data).keys) == 40
+    assert 8 <= data.reads <= 16
+
+
+def test_labels_that_a_subclass_returns_in_place_of_the_stored_ones_are_the_classes():
+    data = Pairs([0, 0, 1, 1], targets=[0, 1, 2, 3], classes=["a", "b", "c", "d"])
+    assert read_dataset(data).keys == {"a": ["0", "1"], "b": ["2", "3"]}
 
 
 def test_stored_labels_that_the_items_may_not_return_are_not_taken():
@@ -116,7 +128,7 @@ def test_classes_without_names_are_in_natural_order():
 def test_subsets_and_concatenations():
     whole = Pairs([0, 1, 0, 1], targets=[0, 1, 0, 1], classes=["x", "y"])
     assert read_dataset(Subset(Subset(whole, [3, 2, 1]), [0, 1])).keys == {"x": ["1"], "y": ["0"]}
-    assert whole.reads == 0
+    assert whole.reads == 2
     assert read_dataset(ConcatDataset([whole, Pairs([2])])).keys == {"0": ["0", "2"], "1": ["1", "3"], "2": ["4"]}
     tensors = TensorDataset(torch.zeros(3, 1, 2, 2), torch.tensor([1, 0, 1]))
     assert read_dataset(tensors).keys == {"0": ["1"], "1": ["0", "2"]}

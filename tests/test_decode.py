@@ -218,6 +218,14 @@ def test_max_pixels_is_inclusive_and_the_only_limit(tmp_path, monkeypatch):
         decode_file(path, 599)
 
 
+def test_an_image_so_thin_that_resizing_would_fill_the_memory_is_bad(tmp_path):
+    assert decode_file(save(tmp_path / "a.png", noise(2, 2000)), LIMIT).size == (2000, 2)
+    for size in ((2, 2001), (2001, 2)):
+        path = save(tmp_path / "b.png", noise(*size))
+        with pytest.raises(BadImage, match="one side is more than 1000 times the other"):
+            decode_file(path, LIMIT)
+
+
 def test_a_machine_out_of_file_handles_is_not_a_bad_image(tmp_path, monkeypatch):
     path = save(tmp_path / "a.png", noise())
 

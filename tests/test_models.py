@@ -410,14 +410,20 @@ def test_what_a_callable_may_not_be(own_modules, path, message):
         load_network(path)
 
 
-def test_a_fault_in_the_users_module_is_shown_as_it_is(own_modules):
-    (own_modules / "own_broken.py").write_text("import own_missing_dependency")
-    with pytest.raises(ModuleNotFoundError, match="own_missing_dependency"):
+def test_a_fault_in_the_users_module_is_one_line_that_says_where(own_modules):
+    (own_modules / "own_broken.py").write_text("\nimport own_missing_dependency")
+    missing = r"importing own_broken raised ModuleNotFoundError: .*own_missing_dependency.* \(own_broken.py, line 2\)$"
+    with pytest.raises(InputError, match=missing) as caught:
         import_object("own_broken:build")
-    (own_modules / "own_value.py").write_text("raise ValueError('inside')")
-    with pytest.raises(ValueError, match="inside") as caught:
-        import_object("own_value:build")
-    assert not isinstance(caught.value, InputError)
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+    (own_modules / "own_syntax.py").write_text("def build(:")
+    with pytest.raises(InputError, match="importing own_syntax raised SyntaxError"):
+        import_object("own_syntax:build")
+    (own_modules / "own_value.py").write_text("def build():\n    raise ValueError('inside\\nand more')")
+    with pytest.raises(InputError, match=r"^own_value:build raised ValueError: inside \(own_value.py, line 2\)$"):
+        load_network("own_value:build")
+    with pytest.raises(InputError, match="torch:rand raised TypeError"):
+        load_network("torch:rand")
 
 
 # ---- timm

@@ -156,3 +156,9 @@ def test_on_cuda_nan_is_found_at_finish():
     store.append(bad)
     with pytest.raises(InputError, match="image 3, value 5"):
         store.finish()
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_activations_are_stored_as_the_numbers_that_they_stand_for():
+    values = torch.quantize_per_tensor(random(5, 3, 2), 0.1, 10, torch.quint8)
+    assert torch.equal(filled([values]).rows, values.dequantize().reshape(5, 6))

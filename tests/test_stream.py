@@ -278,7 +278,7 @@ def test_no_gradients_no_autocast_and_nothing_cached_that_training_could_not_use
             self.cache = None
 
         def forward(self, x):
-            if self.cache is None:
+            if self.cache is None or len(self.cache) != len(x):
                 self.cache = x.flatten(1) * 2.0
             return self.fc(self.cache)
 
@@ -360,3 +360,27 @@ def test_batches_stream_into_stores(alexnet):
     whole = torch.cat([capture(alexnet, batch, "fc8")["fc8"] for batch in x.split(2)])
     assert torch.equal(stores[layers[1]].rows, whole)
     assert stores[layers[0]].shape == (5, layers[0].values)
+
+
+def test_one_function_applied_twice_to_a_tensor_is_two_layers_each_with_its_own_values():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+            self.seen = 0.0
+
+        def forward(self, x):
+            x = self.one(x)
+            self.seen = float(x.mean())  # not the pooling that follows
+            y = torch.clamp(x, 0, 1) + self.two(torch.clamp(x, -1, 0))
+            return self.fc(y.mean((2, 3)) + x.mean((2, 3)))
+
+    module, x = seeded(Twice), images(4, 3, 8, 8)
+    rows = capture(module, x, "all")
+    with torch.no_grad():
+        one = module.one(x)
+    assert torch.equal(rows["one"], one.clamp(0, 1))
+    assert torch.equal(rows["one+clamp#2"], one.clamp(-1, 0))
+    assert torch.equal(rows["pool"], one.mean((2, 3)))
+    for name in rows:
+        assert torch.equal(capture(module, x, name)[name], rows[name])

@@ -62,3 +62,42 @@ def test_an_in_place_function_ends_what_a_tensor_was():
     calls = trace_forward(Net(), torch.ones(1, 3))
     (fc,) = [call for call in calls if call.module == "fc" and not call.after]
     assert fc.activated is None
+
+
+def test_what_has_as_many_rows_as_the_batch_by_chance_is_no_layer():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.fc = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+            self.table = nn.Embedding(2, 4)
+
+        def forward(self, x):
+            x = self.conv(x).mean((2, 3)) + self.table(torch.arange(2)).sum(0)
+            return self.fc(x)
+
+    labels = {call.label for call in trace_forward(Net(), torch.randn(1, 3, 8, 8))}
+    assert labels == {"conv", "conv+mean", "fc", "output"}
+
+
+def test_complex_and_whole_numbers_are_no_activations():
+    class Spectrum(nn.Module):
+        def forward(self, x):
+            return torch.fft.rfft2(x)
+
+    class Largest(nn.Module):
+        def forward(self, x):
+            return x.flatten(1).argmax(1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spectrum, self.largest, self.fc = Spectrum(), Largest(), nn.Linear(3 * 4 * 3, 2)
+
+        def forward(self, x):
+            x = self.spectrum(x).abs()
+            return self.fc(x.flatten(1) + self.largest(x)[:, None])
+
+    labels = {call.label for call in trace_forward(Net(), torch.randn(1, 3, 4, 4))}
+    assert "fc" in labels
+    assert not {"spectrum", "largest"} & labels

@@ -179,11 +179,12 @@ def read_manifest(path: Path, class_level: int | None = None) -> Catalog:
         If the table can't be read, lacks a column or an entry, or puts one image in two classes.
     """
     labels: dict[str, str] = {}
+    spelled: dict[str, str] = {}  # one file may be written in several ways
     repeated = 0
     for line, image, label in _rows(path):
         if not image or not label:
             raise InputError(f"{path}, line {line}: {'path' if not image else 'label'} is empty")
-        key = Path(image).as_posix()
+        key = spelled.setdefault(os.path.abspath(path.parent / image), Path(image).as_posix())
         name = "/".join(label.split("/")[:class_level])
         if labels.setdefault(key, name) != name:
             raise InputError(f"{path}, line {line}: {image} is in class {labels[key]!r} already, and now in {name!r}")

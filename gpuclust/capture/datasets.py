@@ -30,8 +30,9 @@ from gpuclust.errors import InputError, UnavailableError
 def read_dataset(data: Dataset[Any] | DataLoader[Any], name: str | None = None) -> Catalog:
     """List the items of a map-style data set of (image, label) by their label.
 
-    Labels are read from ``.targets``, ``.samples`` or ``.labels`` where the data set keeps them, else by one pass over
-    the items. Classes are named by ``.classes`` where the labels are indices into it, else by the labels.
+    Labels are read from ``.targets``, ``.samples`` or ``.labels`` where the data set keeps them and its items say the
+    same (one is read of each class, of at most 16 classes), else by one pass over the items. Classes are named by
+    ``.classes`` where the labels are indices into it, else by the labels.
 
     Parameters
     ----------
@@ -97,7 +98,16 @@ def _labels(dataset: Dataset[Any], indices: Iterable[int]) -> tuple[dict[int, An
     """The label of each index, and the items that failed to be read for it."""
     stored = _stored_labels(dataset)
     if stored is not None:
-        return {i: _plain(stored[i], i) for i in indices}, []
+        labels = {i: _plain(stored[i], i) for i in indices}
+        # A subclass may return other labels than the ones that it inherits.
+        first = {label: i for i, label in reversed(labels.items())}
+        samples = list(first.values())[:: -(-len(first) // 16)]
+        if all(labels[i] == label for i, label in _read_labels(dataset, samples)[0].items()):
+            return labels, []
+    return _read_labels(dataset, indices)
+
+
+def _read_labels(dataset: Dataset[Any], indices: Iterable[int]) -> tuple[dict[int, Any], list[tuple[str, str]]]:
     labels, failed = {}, []
     for i in indices:
         try:

@@ -17,6 +17,8 @@ from torch import Tensor
 # What is read, whatever the file's name says. Formats that start other programs (EPS) stay out.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 THUMBNAIL_PX = 64
+# Transforms resize the shorter side to 256 pixels or so: the longer side of a thin image would fill the memory.
+MOST_ASPECT = 1000
 
 # What Pillow raises on a file that is broken. An error that says nothing about the file (no more file handles, no more
 # memory) must not count as a bad image, or the choice of images would depend on the machine.
@@ -58,7 +60,8 @@ def decode_file(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     ------
     BadImage
         If the file is missing, not a file, unreadable, empty, not an image of `FORMATS`, corrupt or truncated, or has
-        more than `max_pixels` pixels: that is known from its header, before anything is decoded.
+        more than `max_pixels` pixels, or one side more than 1000 times as long as the other: that is known from its
+        header, before anything is decoded.
     """
     try:
         mode = os.stat(path).st_mode
@@ -71,6 +74,8 @@ def decode_file(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BadImage(f"{width} x {height} pixels, more than the {max_pixels:,} that max_pixels allows")
+            if max(image.size) > MOST_ASPECT * min(image.size):
+                raise BadImage(f"{width} x {height} pixels: one side is more than {MOST_ASPECT} times the other")
             image.load()
             return to_rgb(_upright(image))
     except BROKEN as error:

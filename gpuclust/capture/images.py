@@ -37,7 +37,7 @@ from gpuclust.capture.loader import (
     random_from,
     shapes_differ,
 )
-from gpuclust.capture.models import import_object
+from gpuclust.capture.models import call_object
 from gpuclust.errors import InputError
 
 DATA = (
@@ -258,8 +258,8 @@ class ImageSource:
                 try:
                     info = os.stat(root / key)
                     state = [key, info.st_size, info.st_mtime_ns]
-                except OSError as error:  # a bad image; that it is one is part of the state
-                    state = [key, error.errno]
+                except (OSError, ValueError) as error:  # a bad image; that it is one is part of the state
+                    state = [key, type(error).__name__]
                 digest.update(json.dumps(state).encode())
         return digest.hexdigest()
 
@@ -345,7 +345,7 @@ def _read(data: Any, class_level: int | None) -> Catalog:
     elif text.startswith("torchvision:"):
         found, name = open_torchvision(text), text
     elif re.fullmatch(r"[^\W\d]\w*(\.\w+)*:\w+(\.\w+)*", text):
-        found, name = import_object(text)(), text
+        found, name = call_object(text), text
         if not isinstance(found, (Dataset, DataLoader)):
             raise InputError(
                 f"{text} returns a torch Dataset or DataLoader of (image, label); got {type(found).__name__}"

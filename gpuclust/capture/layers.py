@@ -121,6 +121,11 @@ def choose_layers(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Laye
             matched = names
         else:
             matched = {layer.name for layer in layers if any(fnmatch.fnmatchcase(n, pattern) for n in _names(layer))}
+        if not matched and pattern == "auto":
+            raise InputError(
+                "no convolution, linear layer or block was recognised in this network, so no layer is the default: "
+                f"choose with --layers from the {len(layers)} that `gpuclust layers` prints"
+            )
         if not matched:
             every = [name for layer in layers for name in _names(layer)]
             close = difflib.get_close_matches(pattern, every, n=4, cutoff=0.5) or [layer.name for layer in layers][:4]

@@ -22,8 +22,9 @@ from urllib.request import Request, urlopen
 import torch
 from torch import Tensor, nn
 
+from gpuclust.arithmetic import seeded
 from gpuclust.capture.trace import unwrap
-from gpuclust.errors import InputError, UnavailableError
+from gpuclust.errors import InputError, UnavailableError, users_code
 
 Transform = Callable[[Any], Any]
 
@@ -111,9 +112,8 @@ def load_network(
     if model.startswith("timm:"):
         return _from_timm(model, weights, seed, download)
     if ":" in model:
-        make = import_object(model)
-        with _seeded(seed):
-            made = make()
+        with seeded(seed):
+            made = call_object(model)
         module, transform = _module_and_transform(made, model)
         return _given(model, module.eval(), transform, weights)
     return _from_torchvision(model, weights, seed, download)
@@ -133,14 +133,15 @@ def import_object(path: str) -> Callable[..., Any]:
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something that it imports is not
-        raise InputError(
-            f"no module {module_name!r} for {path!r}: it is looked for in {folder} and on sys.path"
-        ) from None
+    with users_code(f"importing {module_name} raised"):
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise  # the module is there; something that it imports is not
+            raise InputError(
+                f"no module {module_name!r} for {path!r}: it is looked for in {folder} and on sys.path"
+            ) from None
     for part in name.split("."):
         if not hasattr(found, part):
             close = difflib.get_close_matches(part, dir(found), n=4)
@@ -150,6 +151,19 @@ def import_object(path: str) -> Callable[..., Any]:
     if not callable(found):
         raise InputError(f"{path!r} is not callable: {type(found).__name__}")
     return found
+
+
+def call_object(path: str) -> Any:
+    """What the callable ``package.module:name`` returns.
+
+    Raises
+    ------
+    InputError
+        If there is no such callable, or if it raises.
+    """
+    make = import_object(path)
+    with users_code(f"{path} raised"):
+        return make()
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -280,7 +294,7 @@ def _from_torchvision(name: str, weights: str, seed: int, download: bool) -> Net
         module = torchvision.models.get_model(name, weights=chosen)
         described, categories = f"{chosen} (torchvision)", tuple(chosen.meta.get("categories", ()))
     elif pretrained or weights == "none" or _is_path(weights):
-        with _seeded(seed):
+        with seeded(seed):
             module = torchvision.models.get_model(name, weights=None, **bare)
         described, categories = f"none (random, seed {seed})", ()
         if weights != "none" and not pretrained:
@@ -332,7 +346,7 @@ def _from_timm(model: str, weights: str, seed: int, download: bool) -> Network:
     if pretrained and not tags:
         raise InputError(f"{model} has no published weights: --weights PATH with a local file, or --weights none")
     try:
-        with _seeded(seed), _hub_cache_if_unreachable() if pretrained else nullcontext():
+        with seeded(seed), _hub_cache_if_unreachable() if pretrained else nullcontext():
             module = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # the hub's client raises what its HTTP library does
         if not pretrained:
@@ -348,15 +362,6 @@ def _from_timm(model: str, weights: str, seed: int, download: bool) -> Network:
     config = timm.data.resolve_data_config(model=module)
     transform = timm.data.create_transform(**config, is_training=False)
     return Network(model, module.eval(), transform, tuple(config["input_size"]), described)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers from `seed`, the caller's generators as they were afterwards."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager

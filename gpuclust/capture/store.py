@@ -87,6 +87,8 @@ class LayerStore:
         InputError
             If the rows are too many or of another width, or if an activation is NaN or infinite.
         """
+        if activations.is_quantized:
+            activations = activations.dequantize()
         b, d = activations.shape[0], self._buffer.shape[1]
         if activations.numel() != b * d:
             raise InputError(f"{self.name}: rows have {d} values; got activations of shape {tuple(activations.shape)}")
@@ -159,6 +161,6 @@ class LayerStore:
         row, column = (int(index) for index in (~rows.isfinite()).nonzero()[0])
         raise InputError(
             f"{self.name}: the network's activation of image {start + row}, value {column}, is "
-            f"{rows[row, column].item()} in {rows.dtype}; check the weights and the transform, leave this layer out "
-            "with --layers, or use --dtype float32"
+            f"{rows[row, column].item()} in {rows.dtype}; check the weights and the transform, or leave this layer out "
+            f"with --layers{'' if rows.dtype == torch.float32 else ', or use --dtype float32'}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpuclust.arithmetic import full_precision
 from gpuclust.capture.layers import Layer
-from gpuclust.capture.trace import eval_mode, first_argument, first_tensor, function_name, unwrap
+from gpuclust.capture.trace import eval_mode, first_argument, first_tensor, function_name, nth, unwrap
 from gpuclust.errors import InputError
 
 Write = Callable[[Layer, Tensor], None]
@@ -111,6 +112,23 @@ class _Stop(BaseException):
     """Ends a forward pass after the last wanted layer; no `except Exception` of a network may catch it."""
 
 
+@dataclass(eq=False)
+class _Pending:
+    """An output on its way through the functions that a layer is captured after, and those still to come."""
+
+    tensor: Tensor
+    layer: Layer
+    rest: list[str]
+    uses: int = 0
+
+    def is_next(self, name: str) -> bool:
+        """Whether a function of that name, applied to the tensor now, is the next on the way; counts its uses."""
+        if self.rest[0].partition("#")[0] != name:
+            return False
+        self.uses += 1
+        return self.rest[0] == nth(name, self.uses)
+
+
 class _Pass(TorchFunctionMode):
     """The state of one forward pass; entered as a mode only where a layer is captured after a function."""
 
@@ -120,8 +138,7 @@ class _Pass(TorchFunctionMode):
         self.write = write
         self.wanted = {(layer.module, layer.call, layer.after): layer for layer in layers}
         self.calls = dict.fromkeys((layer.module for layer in layers), 0)
-        # Outputs on their way through the functions that a layer is captured after, with those still to come.
-        self.pending: list[tuple[Tensor, Layer, list[str]]] = []
+        self.pending: list[_Pending] = []
 
     def arrive(self, module: str, output: Any) -> None:
         call = self.calls[module]
@@ -132,7 +149,7 @@ class _Pass(TorchFunctionMode):
         ready = [layer for layer in self.wanted.values() if layer.module == module and layer.call == call]
         for layer in ready:
             if layer.after:
-                self.pending.append((tensor, layer, layer.after.split("+")))
+                self.pending.append(_Pending(tensor, layer, layer.after.split("+")))
             else:
                 self.deliver(layer, tensor)
         self.stop_if_done()
@@ -143,22 +160,27 @@ class _Pass(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         if self.pending:
             name, source = function_name(function), first_argument(args, kwargs)
-            moving = [step for step in self.pending if step[0] is source and step[2][0] == name]
+            moving = [step for step in self.pending if step.tensor is source and step.is_next(name)]
             if moving:
                 self.pending = [step for step in self.pending if not any(step is other for other in moving)]
-                for _, layer, rest in moving:
-                    if len(rest) > 1:
-                        self.pending.append((result, layer, rest[1:]))
+                for step in moving:
+                    if len(step.rest) > 1:
+                        self.pending.append(_Pending(result, step.layer, step.rest[1:]))
                     else:
-                        self.deliver(layer, result)
+                        self.deliver(step.layer, result)
                 self.stop_if_done()
         return result
 
     def deliver(self, layer: Layer, activation: Tensor) -> None:
         if tuple(activation.shape) != (self.batch, *layer.shape):
+            advice = (
+                "all images need the size that the layers were listed with"
+                if self.batch > 1
+                else "a network that squeezes takes no single image: choose a --batch-size that leaves none over"
+            )
             raise InputError(
-                f"{layer.name} ({layer.module}) was listed with shape {layer.shape} per image; a batch of {self.batch} "
-                f"images gave {tuple(activation.shape)}: all images need the size that the layers were listed with"
+                f"{layer.name} ({layer.module}) was listed with shape {layer.shape} per image; {_images(self.batch)} "
+                f"gave {tuple(activation.shape)}: {advice}"
             )
         del self.wanted[layer.module, layer.call, layer.after]
         self.write(layer, activation)
@@ -166,3 +188,7 @@ class _Pass(TorchFunctionMode):
     def stop_if_done(self) -> None:
         if not self.wanted:
             raise _Stop
+
+
+def _images(count: int) -> str:
+    return "a single image" if count == 1 else f"a batch of {count} images"

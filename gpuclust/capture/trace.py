@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ def first_tensor(output: Any) -> Tensor | None:
 def function_name(function: Callable[..., Any]) -> str:
     """The name of a torch function, in place or not: ``relu`` for both F.relu and Tensor.relu_."""
     return getattr(function, "__name__", "").rstrip("_")
+
+
+def nth(name: str, use: int) -> str:
+    """One of several uses of a function on the same tensor: ``relu``, ``relu#2`` and so on."""
+    return name if use == 1 else f"{name}#{use}"
 
 
 def first_argument(args: Sequence[Any], kwargs: dict[str, Any] | None) -> Any:
@@ -108,6 +114,8 @@ class _Tracer(TorchFunctionMode):
         self.running: list[tuple[nn.Module, Call, Call | None]] = []
         self.calls: list[Call] = []
         self.origins: dict[int, tuple[Call, int, Tensor]] = {}
+        # How often a function of that name was applied to what a call made.
+        self.uses: Counter[tuple[int, str]] = Counter()
         self.batch = len(images)
         self.input_key = _key(images)
 
@@ -118,7 +126,8 @@ class _Tracer(TorchFunctionMode):
 
     def record(self, call: Call, output: Tensor) -> None:
         self.origins[id(output)] = (call, _version(output), output)
-        if output.ndim >= 1 and output.shape[0] == self.batch and output.numel() > 0:
+        real = output.is_floating_point() or output.is_quantized
+        if real and output.ndim >= 1 and output.shape[0] == self.batch and output.numel() > 0:
             call.shape, call.key = tuple(output.shape[1:]), _key(output)
             self.calls.append(call)
 
@@ -127,7 +136,9 @@ class _Tracer(TorchFunctionMode):
         self.counts[submodule] += 1
         if isinstance(submodule, nn.modules.conv._ConvNd):
             call.kind = "conv"
-        elif isinstance(submodule, nn.Linear):
+        elif (
+            isinstance(submodule, nn.Linear) or type(submodule).__name__ == "Linear"
+        ):  # a quantised one is no nn.Linear
             call.kind = "linear"
         elif "pool" in type(submodule).__name__.lower():
             call.kind = "pool"
@@ -157,6 +168,8 @@ class _Tracer(TorchFunctionMode):
     ) -> Any:
         name = function_name(function)
         origin = self.origin(first_argument(args, kwargs)) if name in NORMS | NONLINEARITIES | POOLS else None
+        if origin is not None:
+            self.uses[id(origin), name] += 1
         result = function(*args, **(kwargs or {}))
         if (name in CONVOLUTIONS or name == "linear") and self.running and not any(self.running[-1][0].children()):
             # A leaf that calls the function is such a layer, whatever its class.
@@ -166,7 +179,7 @@ class _Tracer(TorchFunctionMode):
             and isinstance(result, Tensor)
             and not (self.running and _is_activation(self.running[-1][0]))
         ):
-            call = Call(origin.module, origin.index, (*origin.after, name))
+            call = Call(origin.module, origin.index, (*origin.after, nth(name, self.uses[id(origin), name])))
             source = origin.source
             if name in NORMS:
                 call.source = source
@@ -182,8 +195,15 @@ class _Tracer(TorchFunctionMode):
 
 
 def trace_forward(module: nn.Module, example: Tensor) -> list[Call]:
-    """The calls of one dry forward pass, in the order of completion."""
-    images = torch.cat([example[:1], example[:1]])
+    """The calls of a dry forward pass whose output follows the batch, in the order of completion."""
+    calls = _dry_pass(module, example, 2)
+    # A first dimension that was 2 by chance (a weight's, of two classes) is 2 again.
+    batched = {(call.label, call.shape) for call in _dry_pass(module, example, 3)}
+    return [call for call in calls if (call.label, call.shape) in batched]
+
+
+def _dry_pass(module: nn.Module, example: Tensor, batch: int) -> list[Call]:
+    images = torch.cat([example[:1]] * batch)
     tracer = _Tracer(module, images)
     handles = []
     try:

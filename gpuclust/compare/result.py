@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gpuclust.files import replacing
 
 # The columns of layers.csv, in order. Times and peak_bytes are the only ones that two equal runs may differ in.
 COLUMNS = [
@@ -96,16 +97,11 @@ class LayerResult:
         return {name: values[name] for name in COLUMNS}
 
     def save(self, path: Path) -> None:
-        """Write to ``path`` (.npz) under a temporary name, then rename: a file under its final name is whole."""
+        """Write to ``path`` (.npz); a file under its final name is whole."""
         plain = {name: value for name, value in asdict(self).items() if name not in _ARRAYS}
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            np.savez_compressed(
-                file, plain=np.array(json.dumps(plain)), **{name: getattr(self, name) for name in _ARRAYS}
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, plain=np.array(json.dumps(plain)), **arrays)
 
     @classmethod
     def load(cls, path: Path) -> LayerResult:

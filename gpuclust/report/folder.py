@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from gpuclust.compare.result import LayerResult
 from gpuclust.errors import GpuclustError, InputError
-from gpuclust.report.report import DAMAGE, STATE, Report, Samples, layer_file, put, samples_file, write
+from gpuclust.files import put, write
+from gpuclust.report.report import DAMAGE, STATE, Report, Samples, layer_file, samples_file
 
 _FILES = ("report.html", "layers.csv", "assignments.parquet", "run.json")
 _FIGURES = ("trend", "heatmaps", "projections", "figure2")
@@ -104,7 +105,7 @@ class RunFolder:
         """Make the folder ready for results: what is in the way goes, unless the run is resumed."""
         if self._path is None:
             return
-        with _writing(self._path):
+        with _writing(self._path, kept=False):
             if not self._resume:
                 remove_run(self._path)
             (self._path / STATE).mkdir(parents=True, exist_ok=True)
@@ -201,10 +202,9 @@ def _keep(path: Path, value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path, kept: bool = True) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise GpuclustError(
-            f"cannot write into {str(folder)!r}: {error.strerror or error}; what is done is kept, and --resume goes on"
-        ) from error
+        advice = "what is done is kept, and --resume goes on" if kept else "--out takes another folder"
+        raise GpuclustError(f"cannot write into {str(folder)!r}: {error.strerror or error}; {advice}") from error

@@ -7,8 +7,6 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 
 from gpuclust.compare.result import COLUMNS, LayerResult
 from gpuclust.errors import InputError
+from gpuclust.files import put, replacing, write
 
 if TYPE_CHECKING:
     import pandas
@@ -63,7 +62,7 @@ class Samples:
         text = json.dumps({"paths": self.paths, "classes": self.classes})
         sizes = np.array([len(thumb) for thumb in self.thumbs], np.int64)
         pixels = np.frombuffer(b"".join(self.thumbs), np.uint8)
-        with _replacing(path) as temporary, open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, text=np.array(text), labels=self.labels, sizes=sizes, pixels=pixels)
 
     @classmethod
@@ -249,29 +248,6 @@ def layer_file(folder: Path, index: int) -> Path:
 def samples_file(folder: Path) -> Path:
     """Where a run's folder keeps its `Samples`."""
     return folder / STATE / "samples.npz"
-
-
-def write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Let ``writer`` fill a temporary file beside ``path``, then rename it: ``path`` is whole or as it was."""
-    with _replacing(path) as temporary:
-        writer(temporary)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``: it becomes ``path`` when the block ends well and is removed when it fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
-
-
-def put(content: bytes, path: Path) -> None:
-    """What `write` takes to write bytes: ``write(path, partial(put, content))``."""
-    path.write_bytes(content)
 
 
 def _printable(text: str) -> str:
