@@ -301,3 +301,15 @@ def test_numbers_are_told_from_what_only_looks_like_them() -> None:
     assert is_real(0, 0)
     assert is_real(np.float32(0.5), 0)
     assert not any(is_real(value, 0) for value in (True, -1, float("inf"), float("nan"), "1", None))
+
+
+def test_a_table_with_missing_values_names_the_first() -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"a": [1.0, 2.0, 3.0], "b": pandas.array([1, None, 3], dtype="Int64")})
+    assert bool(read_array(table)[0][1, 1].isnan())
+    assert read_array(table.dropna())[0].tolist() == [[1.0, 1.0], [3.0, 3.0]]
+
+
+def test_a_tensor_without_values_is_refused() -> None:
+    with pytest.raises(InputError, match="X is on the device meta"):
+        read_rows(torch.empty(3, 2, device="meta"))

@@ -426,3 +426,103 @@ def test_a_fit_leaves_everything_else_as_it_was(fails: bool) -> None:
     assert surroundings() == before
     assert torch.equal(x, kept)
     assert x.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_torchs_default_type_does_not_matter(dtype: torch.dtype) -> None:
+    x = rows("relu", 300, 7)
+    usual = KMeans(4, random_state=0, n_init=2).fit(x)
+    torch.set_default_dtype(dtype)
+    try:
+        other = KMeans(4, random_state=0, n_init=2).fit(x)
+        assert torch.equal(other.predict(x), usual.labels_)
+        assert torch.equal(other.transform(x), usual.transform(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(other.labels_, usual.labels_)
+    assert torch.equal(other.cluster_centers_, usual.cluster_centers_)
+    assert other.inertia_ == usual.inertia_
+
+
+# ---- weights of any size
+
+
+@pytest.mark.parametrize("ratio", [1e-30, 1e-12, 1e3, 1e20, 1e25, 1e30])
+def test_light_rows_keep_their_digits_beside_heavy_ones(ratio: float) -> None:
+    rng = np.random.RandomState(0)
+    x = np.concatenate([rng.randn(50, 2), rng.randn(50, 2) + 10])
+    weights = np.concatenate([np.full(50, ratio), np.linspace(1, 2, 50)])
+    init = x[[0, 60]]
+    ours = KMeans(2, init=init).fit(x, sample_weight=weights)
+    theirs = Peer(2, init=init, n_init=1).fit(x, sample_weight=weights)
+    np.testing.assert_array_equal(ours.labels_, theirs.labels_)
+    np.testing.assert_allclose(ours.cluster_centers_, theirs.cluster_centers_, rtol=1e-12)
+    assert ours.inertia_ == pytest.approx(theirs.inertia_, rel=1e-12)
+    assert ours.score(x, sample_weight=weights) == pytest.approx(-ours.inertia_, rel=1e-12)
+
+
+def test_weights_that_no_sum_can_tell_apart_are_refused() -> None:
+    x = rows("noise", 50, 2)
+    with pytest.raises(InputError, match=r"weights of 50 rows differ by a factor of 2\*\*1074, and sums tell at most"):
+        KMeans(2).fit(x, sample_weight=[1e-300, *[1.0] * 48, 1e300])
+
+
+@pytest.mark.parametrize("unit", [2.0**-1000, 2.0**-40, 2.0**7, 2.0**900])
+def test_the_unit_of_the_weights_scales_the_inertia_alone(unit: float) -> None:
+    x = rows("relu", 300, 5)
+    weights = np.random.RandomState(1).exponential(size=300)
+    plain, scaled = (
+        KMeans(4, random_state=0, n_init=2).fit(x, sample_weight=weights * factor) for factor in (1.0, unit)
+    )
+    assert torch.equal(scaled.labels_, plain.labels_)
+    assert torch.equal(scaled.cluster_centers_, plain.cluster_centers_)
+    assert scaled.inertia_ == plain.inertia_ * unit
+    assert scaled.score(x, sample_weight=weights * unit) == plain.score(x, sample_weight=weights) * unit
+
+
+# ---- scikit-learn's settings
+
+
+def test_output_comes_in_the_container_that_was_asked_for() -> None:
+    import sklearn
+
+    pandas = pytest.importorskip("pandas")
+    x = blobs(np.random.RandomState(0), 60, 3)
+    table = pandas.DataFrame(x, columns=["a", "b", "c"], index=range(100, 160))
+    pipeline = make_pipeline(StandardScaler(), KMeans(3, random_state=0)).set_output(transform="pandas").fit(table)
+    found = pipeline.transform(table)
+    assert list(found.columns) == ["kmeans0", "kmeans1", "kmeans2"]
+    assert list(found.index) == list(table.index)
+    model = clone(KMeans(3, random_state=0).set_output(transform="pandas")).fit(x)
+    assert isinstance(model.transform(x), pandas.DataFrame)
+    assert isinstance(model.set_output().set_output(transform="default").transform(x), np.ndarray)
+    with sklearn.config_context(transform_output="pandas"):
+        assert isinstance(KMeans(3).fit_transform(x), pandas.DataFrame)
+        assert isinstance(KMeans(3).fit_transform(torch.from_numpy(x)), torch.Tensor)
+
+
+def test_sample_weight_is_routed_where_it_is_asked_for() -> None:
+    import sklearn
+
+    x = blobs(np.random.RandomState(0), 60, 3)
+    weights = np.random.RandomState(1).exponential(size=60)
+    with sklearn.config_context(enable_metadata_routing=True):
+        model = clone(
+            KMeans(3, random_state=0).set_fit_request(sample_weight=True).set_score_request(sample_weight=False)
+        )
+        fitted = make_pipeline(model).fit(x, sample_weight=weights)
+        with pytest.raises(ValueError, match="sample_weight"):
+            make_pipeline(KMeans(3)).fit(x, sample_weight=weights)
+    expected = KMeans(3, random_state=0).fit(x, sample_weight=weights)
+    np.testing.assert_array_equal(fitted[-1].labels_, expected.labels_)
+    assert fitted[-1].inertia_ == pytest.approx(expected.inertia_, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["table", "list", "array", "tensor"])
+def test_a_callable_gets_the_rows_as_an_array(kind: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    x = blobs(np.random.RandomState(0), 40, 3)
+    given = {"table": pandas.DataFrame(x), "list": x.tolist(), "array": x, "tensor": torch.from_numpy(x)}[kind]
+    fit = KMeans(4, init=lambda rows, k, random_state: rows[np.arange(k)], n_init=1).fit(given)
+    expected = KMeans(4, init=x[:4]).fit(x)
+    np.testing.assert_array_equal(np.asarray(fit.cluster_centers_), expected.cluster_centers_)

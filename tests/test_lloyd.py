@@ -33,19 +33,21 @@ def lloyd(
 ) -> tuple[list[Solution], Lloyd]:
     """Solutions from centroids (r, k, d); ``tol`` relative, as in the estimator."""
     source = TensorSource(x)
-    known = moments or Moments.of(source, 1.0 if weights is None else weights.amax().item())
+    shares = None if weights is None else Weights(weights)
+    known = moments or Moments.of(source, None if shares is None else shares.lightest)
     loop = Lloyd(
         TorchBackend(),
         source,
         known,
         group or OneProcess(),
-        None if weights is None else Weights(weights),
+        shares,
         lambda restarts: chunk,
         max_iter=max_iter,
         tol=tol * known.spread / x.numel(),
         precision="exact",
     )
-    return loop.run(centroids.clone()), loop
+    unit = 1.0 if shares is None else shares.unit
+    return [replace(found, inertia=found.inertia * unit) for found in loop.run(centroids.clone())], loop
 
 
 # ---- when it ends

@@ -24,8 +24,7 @@ def plus_plus(
 ) -> list[list[int]]:
     source = TensorSource(x)
     weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-    heaviest = 1.0 if weights is None else weights.amax().item()
-    return choose_plus_plus(source, Moments.of(source, heaviest), k, seed, restarts, weights, budget)
+    return choose_plus_plus(source, Moments.of(source), k, seed, restarts, weights, budget)
 
 
 def fits(counts: np.ndarray, shares: np.ndarray) -> bool:

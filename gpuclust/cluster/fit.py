@@ -109,16 +109,18 @@ def fit_kmeans(
     with full_precision(device):
         problem = Problem(n, d, k, source.dtype, device, weights is not None, n_init)
         runner, rejected = choose(backend, problem)
-        moments = Moments.of(source, 1.0 if weights is None else weights.amax().item())
+        shares = None if weights is None else Weights(weights)
+        weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
+        moments = Moments.of(source, None if shares is None else shares.lightest)
         watch.lap("moments_s")
         budget = memory_limit if memory_limit is not None else _BUDGET_BYTES.get(device.type, 512 << 20)
-        together = max(1, budget // (24 * k * d + 12 * n))
+        together = max(1, budget // (24 * k * d + 32 * n))
         lloyd = Lloyd(
             runner,
             source,
             moments,
             OneProcess(),
-            None if weights is None else Weights(weights),
+            shares,
             lambda restarts: chunk_rows(restarts * k, d, device, memory_limit),
             max_iter=max_iter,
             tol=tol * moments.spread / (n * d),
@@ -140,18 +142,19 @@ def fit_kmeans(
                 for place, restart in zip(centroids, restarts, strict=True):
                     place.copy_(init[restart])
             watch.lap("seed_s")
-            solutions += lloyd.run(centroids)
+            found = lloyd.run(centroids)
             watch.lap("iterate_s")
-        if tell:
-            for restart, found in enumerate(solutions):
-                tell(f"restart {restart}: {found.n_iter} iterations, inertia {found.inertia:.10g}")
+            if tell:
+                for restart, one in zip(restarts, found, strict=True):
+                    tell(f"restart {restart}: {one.n_iter} iterations, inertia {one.inertia * unit:.10g}")
+            solutions = _close(solutions + found, moments)
         best, dist2, inertia = _best(source, moments, solutions, weights)
         watch.lap("select_s")
     return Fit(
         best.centroids,
         best.labels,
         dist2,
-        inertia,
+        inertia * unit,
         best.n_iter,
         best.shifts,
         runner.name,
@@ -163,16 +166,19 @@ def fit_kmeans(
     )
 
 
+def _close(solutions: list[Solution], moments: Moments) -> list[Solution]:
+    """Those whose inertia may be the least: the others are not kept."""
+    close = min(solution.inertia for solution in solutions) + _ALIKE * moments.spread
+    return [solution for solution in solutions if solution.inertia <= close]
+
+
 def _best(
     source: ChunkSource, moments: Moments, solutions: list[Solution], weights: torch.Tensor | None
 ) -> tuple[Solution, torch.Tensor, float]:
     """The restart of least inertia (the first of a tie), by reference distances where it is close."""
-    least = min(solution.inertia for solution in solutions)
-    heaviest = 1.0 if weights is None else max(1.0, weights.amax().item())
-    close = least + _ALIKE * heaviest * moments.spread
     best: tuple[Solution, torch.Tensor, float] | None = None
     for solution in solutions:
-        if solution.inertia > close or (best and _same(solution, best[0])):
+        if best and _same(solution, best[0]):
             continue
         dist2 = distances(source, solution.centroids, solution.labels)
         inertia = total(dist2 if weights is None else dist2 * weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import warnings
@@ -126,6 +127,8 @@ def read_weights(weights: Any, source: ChunkSource) -> torch.Tensor | None:
 
 
 def _require_rows(tensor: torch.Tensor, given: Any, name: str) -> None:
+    if tensor.device.type == "meta":
+        raise InputError("X is on the device meta: it has a shape and no values")
     if tensor.is_complex():
         raise InputError(f"Complex data not supported\n{tensor.dtype}\n")
     if tensor.ndim != 2:
@@ -144,9 +147,13 @@ def _require_rows(tensor: torch.Tensor, given: Any, name: str) -> None:
 
 
 def _from_numpy(x: Any) -> torch.Tensor:
-    if hasattr(x, "__array__") and not isinstance(x, np.ndarray) and "pandas" in sys.modules:
-        x = x.to_numpy() if hasattr(x, "to_numpy") else x
-    array = np.asarray(x)
+    if hasattr(x, "__array__") and not isinstance(x, np.ndarray) and hasattr(x, "to_numpy"):
+        array = x.to_numpy()
+        if array.dtype.kind == "O" and hasattr(x, "dtypes"):  # a table of columns of which some may be missing
+            with contextlib.suppress(TypeError, ValueError):
+                array = x.to_numpy(dtype=np.float64, na_value=np.nan)
+    else:
+        array = np.asarray(x)
     if array.dtype.kind in "OUSV":
         if array.dtype.kind == "O" and any(hasattr(item, "shape") for item in array.flat):
             raise InputError("X holds arrays inside an array: rows need the same number of plain values each")

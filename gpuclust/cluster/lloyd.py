@@ -6,6 +6,7 @@ retires when its labels repeat, or when its centroids hardly moved (one more pas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from gpuclust.cluster.distributed import Group
 from gpuclust.cluster.exact import assign_exactly, reference_dist2
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.source import ChunkSource, block_rows
-from gpuclust.cluster.sums import Grid, total, tree_sum
+from gpuclust.cluster.sums import Grid, power_of_two, total, tree_sum
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,24 @@ class Work:
 
 
 class Weights:
-    """Weights of the rows, float64 (n,), split so that their sums are exact, too."""
+    """Weights of the rows, float64 (n,), split so that their sums are exact, too.
 
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
-        grid = Grid.of(values.amax().reshape(1), values.numel(), torch.float64)
+    Attributes
+    ----------
+    unit : float
+        The power of two that brings the largest below 1.
+    values : float64 (n,)
+        The weights in that unit.
+    lightest : float
+        The least of them that is above 0.
+    """
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.unit = power_of_two(weights)
+        self.values = values = weights / self.unit
+        lost = bool(((values > 0) != (weights > 0)).any())
+        self.lightest = math.ulp(0.0) if lost else values[values > 0].amin().item()
+        grid = Grid.of(values.amax().reshape(1), values.numel(), torch.float64, self.lightest)
         self._parts = [part[:, 0] for part in grid.split(values[:, None])]
 
     def per_cluster(self, labels: torch.Tensor, k: int) -> torch.Tensor:

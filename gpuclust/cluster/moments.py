@@ -41,8 +41,8 @@ class Moments:
     frame: Frame
 
     @classmethod
-    def of(cls, source: ChunkSource, heaviest: float = 1.0) -> Moments:
-        """Read the source three times; ``heaviest`` is the largest weight of a row.
+    def of(cls, source: ChunkSource, lightest: float | None = None) -> Moments:
+        """Read the source three times; ``lightest`` is the least weight above 0 where rows have weights, of at most 1.
 
         Raises
         ------
@@ -65,7 +65,7 @@ class Moments:
             dist2[start : start + x.shape[0]] = reference_dist2(x, mean)
         far2, most = dist2.amax().item(), largest.amax().item()
         # Four times the farthest bounds any distance between two rows; sums of n of them must stay finite.
-        if not math.isfinite(8 * far2 * n * max(heaviest, 1.0)):
+        if not math.isfinite(8 * far2 * n):
             raise InputError(
                 f"values up to {most:.3g} are too large: their squared distances overflow float64; scale X"
             )
@@ -75,7 +75,7 @@ class Moments:
             dist2,
             spread,
             most,
-            Grid.of(largest * heaviest, n, torch.float64 if heaviest != 1.0 else source.dtype),
+            plain if lightest is None else Grid.of(largest, n, torch.float64, lightest),
             Frame.of(source.dtype, mean, most, spread / n, far2),
         )
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gpuclust.errors import InputError
+
 _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
@@ -33,6 +35,11 @@ def tree_sum(values: torch.Tensor) -> torch.Tensor:
         values[..., : length - half] += values[..., half:length]
         length = half
     return values[..., 0].clone()
+
+
+def power_of_two(values: torch.Tensor) -> float:
+    """The power of two that brings the largest of the values, which is above 0, to between 1/2 and 1."""
+    return float(math.ldexp(1.0, math.frexp(values.amax().item())[1]))
 
 
 def power_above(largest: torch.Tensor) -> torch.Tensor:
@@ -54,10 +61,25 @@ class Grid:
     magic: tuple[torch.Tensor, ...]
 
     @classmethod
-    def of(cls, largest: torch.Tensor, n: int, dtype: torch.dtype) -> Grid:
-        """The grid for ``n`` terms that are at most ``largest`` (d,) in absolute value and came from ``dtype``."""
+    def of(cls, largest: torch.Tensor, n: int, dtype: torch.dtype, lightest: float = 1.0) -> Grid:
+        """The grid for ``n`` terms that are at most ``largest`` (d,) in absolute value and came from ``dtype``.
+
+        Terms that were multiplied with weights of at most 1 keep their digits down to the ``lightest`` weight.
+
+        Raises
+        ------
+        InputError
+            If the weights differ so much that more than 8 levels were needed.
+        """
         bits = 51 - math.ceil(math.log2(n + 1))
         levels = 1 if bits >= _DIGITS[dtype] + 8 else 2
+        digits = min(_DIGITS[dtype] + 8, levels * bits)
+        levels = max(levels, math.ceil((digits - math.log2(lightest)) / bits))
+        if levels > 8:
+            raise InputError(
+                f"the weights of {n} rows differ by a factor of 2**{-math.log2(lightest):.0f}, and sums tell at most "
+                f"2**{8 * bits - digits} apart: leave rows of so little weight out"
+            )
         exponent = power_above(largest)
         one = torch.full_like(largest, 1.5, dtype=torch.float64)
         # Below 2**-1010 a step would itself be subnormal: values so small are taken as zero.

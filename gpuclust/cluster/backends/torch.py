@@ -49,7 +49,7 @@ class TorchBackend:
         # Not "scores <= least": what is not a number must stay possible.
         possible = (scores > least).logical_not_().to(torch.float32)
         # Number of candidates and, where that is one, its index: both exact in float32 below 2**24 clusters.
-        ones = torch.ones(k, device=x.device)
+        ones = torch.ones(k, device=x.device, dtype=torch.float32)
         index = torch.arange(k, device=x.device, dtype=torch.float32)
         found = torch.matmul(torch.stack([ones, index]), possible)
         labels.copy_(found[:, 1])
