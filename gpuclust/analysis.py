@@ -26,10 +26,10 @@ from gpuclust.compare.scores import chance_levels, compare
 from gpuclust.compare.similarity import geometry
 from gpuclust.config import read_options
 from gpuclust.errors import InputError, users_code
+from gpuclust.prepare import Setup, find_images, find_in, in_memory, peak_bytes, prepare, start_peak
 from gpuclust.progress import Progress
 from gpuclust.report import Report, Samples
 from gpuclust.report.folder import RunFolder
-from gpuclust.setup import Setup, find_images, find_in, in_memory, peak_bytes, prepare, start_peak
 
 
 def analyze(

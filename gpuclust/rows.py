@@ -13,7 +13,7 @@ from gpuclust.cluster.fit import Fit
 from gpuclust.config import environment
 from gpuclust.errors import GpuclustError, InputError
 from gpuclust.files import write
-from gpuclust.setup import in_memory
+from gpuclust.prepare import in_memory
 
 
 def cluster_file(file: Path, out: Path, clusters: int, *, force: bool = False, **parameters: Any) -> tuple[Fit, float]:

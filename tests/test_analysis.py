@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gpuclust
 from gpuclust.compare.result import COLUMNS
 from gpuclust.errors import InputError, MemoryLimitError, UnavailableError
-from gpuclust.setup import placed
+from gpuclust.prepare import placed
 
 pytestmark = pytest.mark.filterwarnings("error")
 

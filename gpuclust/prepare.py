@@ -1,4 +1,4 @@
-"""Setup: everything that is settled before the first pass over the images."""
+"""Setup, made by `prepare`: everything that is settled before the first pass over the images."""
 
 from __future__ import annotations
 
