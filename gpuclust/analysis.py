@@ -26,7 +26,7 @@ from gpuclust.compare.scores import chance_levels, compare
 from gpuclust.compare.similarity import geometry
 from gpuclust.config import read_options
 from gpuclust.errors import InputError, users_code
-from gpuclust.prepare import Setup, find_images, find_in, in_memory, peak_bytes, prepare, start_peak
+from gpuclust.prepare import Setup, find_images, find_in, find_network, in_memory, peak_bytes, prepare, start_peak
 from gpuclust.progress import Progress
 from gpuclust.report import Report, Samples
 from gpuclust.report.folder import RunFolder
@@ -47,7 +47,8 @@ def analyze(
     Parameters
     ----------
     model
-        A torchvision name, ``timm:NAME``, ``package.module:callable``, any nn.Module, or (nn.Module, transform).
+        A torchvision name, ``timm:NAME``, ``package.module:callable``, any nn.Module, or (nn.Module, transform). Where
+        no transform comes with it, pictures get the one that is usual for ImageNet, and the report says so.
         A module comes back as it was: mode, device, hooks.
     data
         A folder of class folders, a manifest .csv, ``torchvision:NAME:ROOT``, ``package.module:callable``, or a torch
@@ -80,7 +81,7 @@ def analyze(
     settings = read_options(options)
     folder = RunFolder(out, resume=resume, force=force)
     images = find_images(data, settings)
-    network = load_network(model, settings.weights, seed=settings.seed)
+    network = find_network(model, images, settings)
     with in_memory(), prepare(network, images, settings) as setup, Progress(progress) as bar:
         setup.require_kmeans()
         identity = setup.identity() if out else {}
@@ -122,7 +123,7 @@ def plan(model: Any, data: Any, **options: Any) -> MemoryPlan:
     """
     settings = read_options(options)
     images = find_images(data, settings)
-    network = load_network(model, settings.weights, seed=settings.seed, download=False)
+    network = find_network(model, images, settings, download=False)
     with in_memory(), prepare(network, images, settings) as setup:
         return setup.plan(setup.layers)
 

@@ -305,6 +305,8 @@ def _analyze(model: Any, data: Any, out: str, **options: Any) -> None:
         kept = f"{done} layers are done, and --resume goes on from there" if done else "no layer was done yet"
         raise typer.Exit(_complain(f"interrupted; {kept}", 130)) from None
     Console(width=None if sys.stdout.isatty() else 140).print(report.table())
+    if note := report.run["network"]["notes"].get("transform"):
+        typer.echo(f"transform: {note}")
     _tell_skipped(report)
     typer.echo(f"page: {Path(out, 'report.html')}")
 

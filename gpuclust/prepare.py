@@ -21,7 +21,7 @@ from gpuclust.arithmetic import seeded
 from gpuclust.capture.images import ImageSource, open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
 from gpuclust.capture.memory import MemoryPlan, free_bytes, make_plan
-from gpuclust.capture.models import Network
+from gpuclust.capture.models import Network, load_network, with_usual_transform
 from gpuclust.capture.trace import unwrap
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose
@@ -158,6 +158,12 @@ class Setup:
             "network": _hash_network(unwrap(self.network.module)),
             "images": self.images.fingerprint(),
         }
+
+
+def find_network(model: Any, images: ImageSource, settings: Options, *, download: bool = True) -> Network:
+    """The network of a run, with a transform if the images need one; see `load_network`."""
+    network = load_network(model, settings.weights, seed=settings.seed, download=download)
+    return with_usual_transform(network) if network.transform is None and images.holds_pictures() else network
 
 
 @contextmanager

@@ -248,7 +248,8 @@ def test_too_little_memory_is_refused_before_the_pass(tmp_path: Path) -> None:
         MemoryLimitError, match=r"needs .*\([\d,]+ bytes\).*the memory limit is 20 MB \(20,000,000 bytes\)"
     ):
         gpuclust.analyze(cases.small_net(), pictures, memory_limit="20 MB", out=tmp_path / "run")
-    assert pictures.read <= 1 + 2 * len(cases.CLASSES)  # for its shape; of each class for its label and the identity
+    # For its kind and shape; of each class for its label and the identity.
+    assert pictures.read <= 2 + 2 * len(cases.CLASSES)
     assert not (tmp_path / "run").exists()
 
 
@@ -275,7 +276,7 @@ def test_what_cannot_run_is_refused_before_the_pass(option: dict[str, str]) -> N
     pictures = cases.Pictures()
     with pytest.raises(UnavailableError, match=next(iter(option.values()))):
         gpuclust.analyze(cases.small_net(), pictures, **option)
-    assert pictures.read <= 1 + len(cases.CLASSES)
+    assert pictures.read <= 2 + len(cases.CLASSES)
 
 
 def test_the_device_of_the_environment_counts_where_none_is_given(
@@ -398,9 +399,28 @@ def test_names_that_mean_something_in_html_stay_text(tmp_path: Path) -> None:
     assert gpuclust.load_report(tmp_path / "run").samples.classes == tuple(sorted(names))
 
 
-def test_pictures_without_a_transform_are_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="transform"):
-        gpuclust.analyze(cases.small_net(), folder)
+def test_pictures_without_a_transform_get_the_usual_one_and_a_note(folder: Path) -> None:
+    from torchvision.transforms import v2
+
+    usual = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Resize(256),
+            v2.CenterCrop(224),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    options: dict[str, Any] = {"layers": "fc3", "per_class": 4}
+    plain = gpuclust.analyze(cases.small_net(), folder, **options)
+    assert "none came with the network" in plain.run["network"]["notes"]["transform"]
+    told = gpuclust.analyze((cases.small_net(), usual), folder, **options)
+    assert "transform" not in told.run["network"]["notes"]
+    assert plain.results[0].inertia == pytest.approx(told.results[0].inertia, rel=1e-6)
+    tensors = gpuclust.analyze(cases.small_net(), cases.Pictures(), layers="fc3")
+    assert tensors.run["network"]["notes"] == {}
+    with pytest.raises(InputError, match="does not take an image of 3x224x224"):
+        gpuclust.analyze(nn.Sequential(nn.Conv2d(1, 2, 3)), folder)
 
 
 def test_tensors_of_another_size_than_the_network_is_known_for_are_taken() -> None:
@@ -417,7 +437,7 @@ def test_the_plan_counts_what_the_run_holds_and_reads_few_images() -> None:
     pictures = cases.Pictures()
     plan = gpuclust.plan(cases.small_net(), pictures, layers="conv*", dtype="float16")
     assert [(row.name, row.d, row.bytes) for row in plan.rows] == [("conv1", 2048, 24 * 4096), ("conv2", 384, 24 * 768)]
-    assert pictures.read == 1 + len(cases.CLASSES)
+    assert pictures.read == 2 + len(cases.CLASSES)
 
 
 def test_the_plan_downloads_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,6 +239,18 @@ class ImageSource:
             "workers": self._workers,
         }
 
+    def holds_pictures(self) -> bool:
+        """Whether the images need a transform: all but a data set's tensors, of which one item is read."""
+        if self._catalog.dataset is None:
+            return True
+        for order in self._orders:
+            try:
+                with random_from(self.seed, order[0]):
+                    return not isinstance(self._reader().read(order[0]), Tensor)
+            except BadImage:
+                continue
+        return False
+
     def fingerprint(self) -> str:
         """A hash of the choice, to know whether a run can be resumed: it changes if a chosen file does.
 

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -117,6 +117,19 @@ def load_network(
         module, transform = _module_and_transform(made, model)
         return _given(model, module.eval(), transform, weights)
     return _from_torchvision(model, weights, seed, download)
+
+
+def with_usual_transform(network: Network) -> Network:
+    """The network with the transform that most networks of the field were trained for, and a note that says so."""
+    from torchvision.transforms._presets import ImageClassification
+
+    transform = ImageClassification(crop_size=224)
+    note = (
+        "none came with the network, so pictures are resized to 256 pixels, cropped to 224 and normalised as is usual "
+        "for ImageNet; package.module:callable may return (module, transform)"
+    )
+    shape = _crop_shape(transform)
+    return replace(network, transform=transform, input_shape=shape, notes={**network.notes, "transform": note})
 
 
 def import_object(path: str) -> Callable[..., Any]:
