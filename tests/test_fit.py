@@ -222,5 +222,5 @@ def test_the_budget_groups_the_restarts(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(fit_module.Lloyd, "run", run)
     x = rows("noise", 300, 5)
-    fit(x, n_init=5, memory_limit=2 * (24 * 6 * 5 + 32 * 300))
+    fit(x, n_init=5, memory_limit=2 * 32 * (7 * 5 + 300))
     assert sizes == [2, 2, 1]

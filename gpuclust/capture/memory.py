@@ -146,9 +146,9 @@ def make_plan(
     dtype, device
         Of the stored rows.
     clusters, n_init
-        Of k-means. Its workspace is ``3 k n_init d 8`` bytes (centroids, sums and their compensation in float64 for
-        every restart, at the widest layer) ``+ 16 n n_init`` (a label and a distance per row and restart) ``+ 64
-        MiB`` of chunks.
+        Of k-means. Its workspace is ``4 (k + 1) n_init d 8`` bytes (centroids, sums in float64, what is computed of them,
+        for every restart, at the widest layer) ``+ 32 n n_init`` (labels, distances and draws per row and restart)
+        ``+ 64 MiB`` of chunks.
     batch_size
         Images of one forward pass, estimated at three copies of its widest activation in float32.
     module_bytes
@@ -173,7 +173,7 @@ def make_plan(
         module_bytes=module_bytes,
         activations_bytes=sum(row.bytes for row in rows),
         forward_bytes=FORWARD_COPIES * batch_size * max(widest or 0, d) * 4,
-        work_bytes=3 * clusters * n_init * d * 8 + n * n_init * 16 + CHUNK_BYTES,
+        work_bytes=4 * (clusters + 1) * n_init * d * 8 + n * n_init * 32 + CHUNK_BYTES,
         free_bytes=free,
         limit_bytes=limit,
     )

@@ -96,8 +96,8 @@ class _PlusPlus:
         self.share = None if weights is None else weights / weights.amax()
         # What is drawn where nothing is left to cover: a row that has weight.
         self.spare = 0 if self.share is None else int(self.share.nonzero()[0])
-        self.image = _Image(source, moments, budget_bytes // 2)
-        self.keeps = 8 * self.n * len(restarts) * self.trials <= budget_bytes // 2
+        self.image = _Image(source, moments, budget_bytes // 4)
+        self.keeps = 8 * self.n * len(restarts) * self.trials <= budget_bytes // 4
         self.closest = torch.full((len(restarts), self.n), math.inf, dtype=torch.float64, device=source.device)
         self.fine = [False] * len(restarts)
 
