@@ -146,9 +146,9 @@ def make_plan(
     dtype, device
         Of the stored rows.
     clusters, n_init
-        Of k-means. Its workspace is ``4 (k + 1) n_init d 8`` bytes (centroids, sums in float64, what is computed of them,
-        for every restart, at the widest layer) ``+ 32 n n_init`` (labels, distances and draws per row and restart)
-        ``+ 64 MiB`` of chunks.
+        Of k-means. Its workspace is ``4 (k + 1) n_init d 8`` bytes (centroids, sums in float64 and what is computed of
+        them, for every restart, at the widest layer) ``+ 32 n n_init`` (labels, distances, draws) ``+ 64 MiB`` of
+        chunks.
     batch_size
         Images of one forward pass, estimated at three copies of its widest activation in float32.
     module_bytes
