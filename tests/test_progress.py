@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -31,10 +32,14 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         patch.setenv("TERM", "xterm")
         patch.setenv("COLUMNS", "100")
         yield shown
+        stream.flush()
         os.set_blocking(ours, False)
-        text = os.read(ours, 1 << 20).decode()
+        pieces = []
+        with contextlib.suppress(BlockingIOError):  # once there is no more
+            while True:
+                pieces.append(os.read(ours, 1 << 16))
     os.close(ours)
-    shown.append(text)
+    shown.append(b"".join(pieces).decode())
 
 
 def words(shown: list[str]) -> str:
