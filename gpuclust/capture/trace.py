@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -98,6 +98,8 @@ class Call:
     activated: Call | None = None
     # Convolutions and linear layers in the module.
     holds: int = 0
+    # How often functions were applied to the output, by their names.
+    uses: Counter[str] = field(default_factory=Counter)
 
     @property
     def label(self) -> str:
@@ -114,8 +116,6 @@ class _Tracer(TorchFunctionMode):
         self.running: list[tuple[nn.Module, Call, Call | None]] = []
         self.calls: list[Call] = []
         self.origins: dict[int, tuple[Call, int, Tensor]] = {}
-        # How often a function of that name was applied to what a call made.
-        self.uses: Counter[tuple[int, str]] = Counter()
         self.batch = len(images)
         self.input_key = _key(images)
 
@@ -136,10 +136,8 @@ class _Tracer(TorchFunctionMode):
         self.counts[submodule] += 1
         if isinstance(submodule, nn.modules.conv._ConvNd):
             call.kind = "conv"
-        elif (
-            isinstance(submodule, nn.Linear) or type(submodule).__name__ == "Linear"
-        ):  # a quantised one is no nn.Linear
-            call.kind = "linear"
+        elif isinstance(submodule, nn.Linear) or type(submodule).__name__ == "Linear":
+            call.kind = "linear"  # by its name, since a quantised one is no nn.Linear
         elif "pool" in type(submodule).__name__.lower():
             call.kind = "pool"
         self.running.append((submodule, call, self.origin(first_argument(args, kwargs))))
@@ -169,7 +167,7 @@ class _Tracer(TorchFunctionMode):
         name = function_name(function)
         origin = self.origin(first_argument(args, kwargs)) if name in NORMS | NONLINEARITIES | POOLS else None
         if origin is not None:
-            self.uses[id(origin), name] += 1
+            origin.uses[name] += 1
         result = function(*args, **(kwargs or {}))
         if (name in CONVOLUTIONS or name == "linear") and self.running and not any(self.running[-1][0].children()):
             # A leaf that calls the function is such a layer, whatever its class.
@@ -179,7 +177,7 @@ class _Tracer(TorchFunctionMode):
             and isinstance(result, Tensor)
             and not (self.running and _is_activation(self.running[-1][0]))
         ):
-            call = Call(origin.module, origin.index, (*origin.after, nth(name, self.uses[id(origin), name])))
+            call = Call(origin.module, origin.index, (*origin.after, nth(name, origin.uses[name])))
             source = origin.source
             if name in NORMS:
                 call.source = source
