@@ -356,3 +356,18 @@ def test_unknown_patterns_offer_close_names(alexnet):
         choose_layers(alexnet, ["Conv1"])
     with pytest.raises(InputError, match="no layer was asked for"):
         choose_layers(alexnet, [" , "])
+
+
+def test_pools_that_follow_a_numbered_convolution_have_its_number():
+    def pools(name):
+        return {layer.name: (layer.module, layer.auto) for layer in layers_of(name) if layer.name.startswith("pool")}
+
+    assert pools("alexnet") == {
+        "pool1": ("features.2", False),
+        "pool2": ("features.5", False),
+        "pool5": ("features.12", False),
+    }
+    assert list(pools("vgg11")) == ["pool1", "pool2", "pool3", "pool4", "pool5"]
+    assert pools("resnet18") == {}
+    layers = layers_of("alexnet")
+    assert choose_layers(layers, ["pool5"]) == choose_layers(layers, ["features.12"])

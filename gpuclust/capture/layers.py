@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -146,11 +147,12 @@ def _name_layers(module: nn.Module, calls: list[Call]) -> list[Layer]:
     for call in calls:
         groups.setdefault(call.key, []).append(call)
     auto = _choose_auto(module, calls, groups)
+    pools = _name_pools(calls, auto)
     names: dict[int, str] = {}
     for group in groups.values():
         # Modules before functions: a hook costs less than watching every function.
         call = next((c for c in group if id(c) in auto), None) or next((c for c in group if not c.after), group[0])
-        names[id(call)] = auto.get(id(call)) or call.label
+        names[id(call)] = auto.get(id(call)) or pools.get(id(call)) or call.label
     taken = set(auto.values())
     names = {key: name if key in auto or name not in taken else f"{name}:raw" for key, name in names.items()}
     names = _distinguish(names)
@@ -228,6 +230,19 @@ def _number(module: nn.Module, calls: list[Call], plain: list[tuple[Call, str]])
             stage += 1
     # A number that is the name of another module would make every pattern ambiguous.
     return {} if set(numbers.values()) & {call.module for call in calls} else numbers
+
+
+def _name_pools(calls: list[Call], auto: dict[int, str]) -> dict[int, str]:
+    """pool1 ... pool5: the pools of a Sequential that directly follow a numbered convolution, by its number."""
+    names, before, taken = {}, "", {call.module for call in calls}
+    for call in calls:
+        if id(call) in auto:
+            before = auto[id(call)]
+        elif call.kind == "pool" and not call.after and call.module.rpartition(".")[2].isdigit():
+            numbered = re.fullmatch(r"conv(\d+)(_\d+)?", before)
+            if numbered and (name := f"pool{numbered[1]}") not in taken:
+                names[id(call)], before = name, ""
+    return names
 
 
 def _distinguish(names: dict[int, str]) -> dict[int, str]:
