@@ -297,11 +297,12 @@ def _analyze(model: Any, data: Any, out: str, **options: Any) -> None:
     from rich.console import Console
 
     from gpuclust.analysis import analyze
+    from gpuclust.report.folder import layers_done
 
     try:
         report = analyze(model, data, out=out, **options)
     except KeyboardInterrupt:
-        done = len([file for file in Path(out, ".state").glob("*.npz") if file.stem.isdigit()])
+        done = len(layers_done(Path(out)))
         kept = f"{done} layers are done, and --resume goes on from there" if done else "no layer was done yet"
         raise typer.Exit(_complain(f"interrupted; {kept}", 130)) from None
     Console(width=None if sys.stdout.isatty() else 140).print(report.table())

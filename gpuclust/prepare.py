@@ -186,16 +186,16 @@ def prepare(network: Network, images: ImageSource, settings: Options) -> Iterato
             f"{clusters} clusters were asked for, and there are {images.n} images ({len(images.classes)} classes x "
             f"{images.per_class}): ask for at most that many, or take more images"
         )
-    module = unwrap(network.module)
+    module, example = unwrap(network.module), _example(network, images)
     if any(map(is_lazy, module.parameters())):
-        find_in(network, _example(network, images), settings.seed)  # what gives them their shapes and values
+        find_in(network, example, settings.seed)  # what gives them their shapes and values
     tensors = [value for value in (*module.parameters(), *module.buffers()) if not is_lazy(value)]
     input_dtype = next((value.dtype for value in tensors if value.is_floating_point()), torch.float32)
     free = free_bytes(device)
     # On a CPU the network is in memory already, and `free` is without it.
     module_bytes = sum(value.nbytes for value in tensors if value.device != device)
     with placed(module, device):
-        found = find_in(network, _example(network, images).to(device, input_dtype), settings.seed)
+        found = find_in(network, example.to(device, input_dtype), settings.seed)
         yield Setup(
             settings,
             images,

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from gpuclust.compare.result import COLUMNS
+
+TIMES = ["capture_s", "cluster_s", "peak_bytes"]
 CLASSES = ("cat", "dog", "owl")
 SIDE_PX = 16
 
@@ -69,6 +73,13 @@ def write_folder(root: Path, classes: Sequence[str] = CLASSES, per_class: int = 
         for index in range(per_class):
             picture(label, index).save(root / name / f"{index:02d}.png")
     return root
+
+
+def results(folder: Path) -> tuple[str, bytes]:
+    """What two equal runs have in common: layers.csv without times and memory, and assignments.parquet to the byte."""
+    layers = pandas.read_csv(folder / "layers.csv")
+    assert list(layers.columns) == COLUMNS
+    return layers.drop(columns=TIMES).to_csv(), (folder / "assignments.parquet").read_bytes()
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):

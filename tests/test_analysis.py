@@ -45,7 +45,7 @@ def activations(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
 
 
 def same_results(one: gpuclust.Report, other: gpuclust.Report) -> bool:
-    columns = [name for name in COLUMNS if name not in ("capture_s", "cluster_s", "peak_bytes")]
+    columns = [name for name in COLUMNS if name not in cases.TIMES]
     return one.layers[columns].equals(other.layers[columns]) and one.assignments.iloc[:, 1:].equals(
         other.assignments.iloc[:, 1:]
     )

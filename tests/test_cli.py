@@ -22,7 +22,6 @@ from gpuclust.cli import run_command
 from gpuclust.compare.result import COLUMNS
 
 TESTS = Path(__file__).parent
-TIMES = ["capture_s", "cluster_s", "peak_bytes"]
 HEAD = ["layer", "d", "accuracy", "purity", "ari", "ami", "nmi", "silhouette", "error"]
 
 
@@ -47,10 +46,6 @@ def shell(*words: object, code: str = "from gpuclust.cli import main; main()") -
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def layers_of(folder: Path) -> str:
-    return pandas.read_csv(folder / "layers.csv").drop(columns=TIMES).to_csv()
 
 
 # ---- help
@@ -133,15 +128,14 @@ def test_options_reach_the_run(data: Path, here: Path, capsys: pytest.CaptureFix
     assert (options["on_bad_image"], options["max_pixels"], options["workers"]) == ("fail", 9999, 0)
     # The command that run.json gives does the same again.
     assert run_command([*shlex.split(report.run["command"])[1:], "--out", "again"]) == 0
-    assert layers_of(here / "again") == layers_of(here / "there")
+    assert cases.results(here / "again") == cases.results(here / "there")
 
 
 def test_the_same_command_twice_gives_the_same_bits(data: Path, here: Path) -> None:
     for out, workers in (("one", 0), ("two", 2)):
         words = ["run", str(data), "--model", "cases_run:build", "--out", out, "--workers", str(workers)]
         assert run_command(words) == 0
-    assert layers_of(here / "one") == layers_of(here / "two")
-    assert (here / "one/assignments.parquet").read_bytes() == (here / "two/assignments.parquet").read_bytes()
+    assert cases.results(here / "one") == cases.results(here / "two")
 
 
 def test_bad_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,8 +172,7 @@ def test_a_run_that_is_killed_between_layers_resumes_to_the_same_results(data: P
     assert sorted(file.name for file in (here / "killed/.state").glob("0*")) == ["000.npz", "001.npz"]
     assert run_command([*words, "--out", "killed"]) == 2
     assert run_command([*words, "--out", "killed", "--resume"]) == 0
-    assert layers_of(here / "killed") == layers_of(here / "whole")
-    assert (here / "killed/assignments.parquet").read_bytes() == (here / "whole/assignments.parquet").read_bytes()
+    assert cases.results(here / "killed") == cases.results(here / "whole")
 
 
 def test_ctrl_c_says_what_is_kept(

@@ -11,12 +11,10 @@ import pytest
 
 import gpuclust
 from gpuclust import analysis
-from gpuclust.compare.result import COLUMNS, LayerResult
+from gpuclust.compare.result import LayerResult
 from gpuclust.errors import GpuclustError, InputError
 from gpuclust.report import folder as folder_module
 from gpuclust.report.folder import RunFolder, read_model, remove_run
-
-TIMES = ("capture_s", "cluster_s", "peak_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +24,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def analyze(data: Path, out: Path, **options: Any) -> gpuclust.Report:
     return gpuclust.analyze((cases.small_net(), cases.to_tensor), data, out=out, **options)
-
-
-def results(folder: Path) -> tuple[Any, bytes]:
-    """layers.csv without times and memory, and assignments.parquet to the byte."""
-    import pandas
-
-    layers = pandas.read_csv(folder / "layers.csv")
-    assert list(layers.columns) == COLUMNS
-    return layers.drop(columns=list(TIMES)).to_csv(), (folder / "assignments.parquet").read_bytes()
 
 
 def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -81,7 +70,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     monkeypatch.setattr(analysis, "study", watch)
     report = analyze(data, out, resume=True)
     assert studied == cases.LAYERS[count:]
-    assert results(out) == results(whole)
+    assert cases.results(out) == cases.results(whole)
     assert [result.layer for result in report.results] == cases.LAYERS
 
 
@@ -93,7 +82,7 @@ def test_a_finished_run_resumes_without_reading_an_image(
     (out / "report.html").unlink()
     monkeypatch.setattr("gpuclust.analysis.capture", None)
     analyze(data, out, resume=True)
-    assert results(out) == results(whole)
+    assert cases.results(out) == cases.results(whole)
     assert (out / "report.html").is_file()
 
 
@@ -104,12 +93,12 @@ def test_a_damaged_layer_is_done_again(data: Path, whole: Path, tmp_path: Path) 
     file.write_bytes(file.read_bytes()[:100])
     (out / ".state/002.npz").unlink()
     analyze(data, out, resume=True)
-    assert results(out) == results(whole)
+    assert cases.results(out) == cases.results(whole)
 
 
 def test_resuming_an_empty_or_new_folder_begins(data: Path, whole: Path, tmp_path: Path) -> None:
     analyze(data, tmp_path / "new", resume=True)
-    assert results(tmp_path / "new") == results(whole)
+    assert cases.results(tmp_path / "new") == cases.results(whole)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +141,7 @@ def test_what_does_not_matter_to_the_result_may_change(data: Path, whole: Path, 
     analyze(data, out, workers=0)
     (out / ".state/003.npz").unlink()
     analyze(data, out, resume=True, workers=1, memory_limit="1GiB")
-    assert results(out) == results(whole)
+    assert cases.results(out) == cases.results(whole)
 
 
 # ---- what is there
@@ -226,7 +215,7 @@ def test_a_disk_that_is_full_keeps_what_is_done(
             analyze(data, out)
     assert sorted(file.name for file in (out / ".state").glob("0*")) == ["000.npz", "001.npz"]
     analyze(data, out, resume=True)
-    assert results(out) == results(whole)
+    assert cases.results(out) == cases.results(whole)
 
 
 def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import scipy.sparse
 import torch
@@ -168,7 +169,6 @@ def test_read_only_arrays_and_mapped_files_are_read_in_place(tmp_path: Path) -> 
 
 
 def test_tables_are_read_by_value() -> None:
-    pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame(X, columns=list("abc"))
     table["c"] = table["c"].astype("float32")
     np.testing.assert_array_equal(fit(table).labels_, fit(table.to_numpy()).labels_)
@@ -304,7 +304,6 @@ def test_numbers_are_told_from_what_only_looks_like_them() -> None:
 
 
 def test_a_table_with_missing_values_names_the_first() -> None:
-    pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame({"a": [1.0, 2.0, 3.0], "b": pandas.array([1, None, 3], dtype="Int64")})
     assert bool(read_array(table)[0][1, 1].isnan())
     assert read_array(table.dropna())[0].tolist() == [[1.0, 1.0], [3.0, 3.0]]

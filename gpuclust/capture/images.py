@@ -245,8 +245,7 @@ class ImageSource:
             return True
         for order in self._orders:
             try:
-                with random_from(self.seed, order[0]):
-                    return not isinstance(self._reader().read(order[0]), Tensor)
+                return not isinstance(self._item(order[0]), Tensor)
             except BadImage:
                 continue
         return False
@@ -275,10 +274,13 @@ class ImageSource:
                 digest.update(json.dumps(state).encode())
         return digest.hexdigest()
 
+    def _item(self, key: str) -> Any:
+        with random_from(self.seed, key):
+            return self._reader().read(key)
+
     def _content(self, key: str) -> bytes:
         try:
-            with random_from(self.seed, key):
-                image = self._reader().read(key)
+            image = self._item(key)
         except BadImage as error:  # that it is one is part of the state
             return str(error).encode()
         if isinstance(image, Tensor):

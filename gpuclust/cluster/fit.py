@@ -181,7 +181,7 @@ def _best(
         if best and _same(solution, best[0]):
             continue
         dist2 = distances(source, solution.centroids, solution.labels)
-        inertia = total(dist2 if weights is None else dist2 * weights)
+        inertia = total(dist2, weights)
         if best is None or inertia < best[2]:
             best = solution, dist2, inertia
     assert best is not None

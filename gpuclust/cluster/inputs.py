@@ -70,7 +70,7 @@ def read_array(x: Any, name: str = "KMeans") -> tuple[torch.Tensor, Callable[[to
         tensor, back = _from_numpy(x), _to_numpy
     else:
         tensor, back = _from_dlpack(x)
-    _require_rows(tensor, x, name)
+    _require_rows(tensor, name)
     if tensor.dtype not in FLOATS:
         tensor = tensor.double()
     return tensor, back
@@ -126,7 +126,7 @@ def read_weights(weights: Any, source: ChunkSource) -> torch.Tensor | None:
     return None if bool((values == 1).all()) else values
 
 
-def _require_rows(tensor: torch.Tensor, given: Any, name: str) -> None:
+def _require_rows(tensor: torch.Tensor, name: str) -> None:
     if tensor.device.type == "meta":
         raise InputError("X is on the device meta: it has a shape and no values")
     if tensor.is_complex():
@@ -147,7 +147,7 @@ def _require_rows(tensor: torch.Tensor, given: Any, name: str) -> None:
 
 
 def _from_numpy(x: Any) -> torch.Tensor:
-    if hasattr(x, "__array__") and not isinstance(x, np.ndarray) and hasattr(x, "to_numpy"):
+    if hasattr(x, "__array__") and hasattr(x, "to_numpy"):
         array = x.to_numpy()
         if array.dtype.kind == "O" and hasattr(x, "dtypes"):  # a table of columns of which some may be missing
             with contextlib.suppress(TypeError, ValueError):

@@ -18,7 +18,7 @@ from gpuclust.cluster.moments import centroid_dtype
 from gpuclust.cluster.predict import dist2_to_all, nearest
 from gpuclust.cluster.scikit import ScikitLearn
 from gpuclust.cluster.source import ChunkSource, TensorSource
-from gpuclust.cluster.sums import power_of_two, total
+from gpuclust.cluster.sums import total
 from gpuclust.config import BACKENDS, PRECISIONS, SOLVERS
 from gpuclust.errors import InputError, UnavailableError
 
@@ -209,11 +209,7 @@ class KMeans(ScikitLearn):
         weights = read_weights(sample_weight, source)
         with full_precision(source.device):
             labels = nearest(source, centroids, self._backend(source), self.precision, self.memory_limit)
-            dist2 = distances(source, centroids, labels)
-            if weights is None:
-                return -total(dist2)
-            unit = power_of_two(weights)
-            return -total(dist2 * (weights / unit)) * unit
+            return -total(distances(source, centroids, labels), weights)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Names of the columns of `transform`: ``kmeans0``, ``kmeans1`` and so on."""

@@ -232,7 +232,7 @@ class Lloyd:
 
     def _inertia(self, centroids: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
         """T - 2 sum_j (c_j - m) . (S_j - n_j m) + sum_j n_j ||c_j - m||^2, free of any order."""
-        spread = self.moments.spread if self.weights is None else total(self.moments.dist2 * self.weights.values)
+        spread = self.moments.spread if self.weights is None else total(self.moments.dist2, self.weights.values)
         moved = centroids.double() - self.moments.mean
         cross = (sums.sum(0) - mass[:, None] * self.moments.mean).mul_(moved)
         cross = cross.mul_(-2.0).add_(moved.square_().mul_(mass[:, None]))

@@ -102,7 +102,11 @@ class Grid:
         return parts
 
 
-def total(values: torch.Tensor) -> float:
-    """The sum of finite float64 values (n,), free of any order; within 2**-50 of its largest term times n."""
+def total(values: torch.Tensor, weights: torch.Tensor | None = None) -> float:
+    """The sum of finite float64 values (n,), times weights of any unit, free of any order; within 2**-50 of its largest
+    term times n."""
+    if weights is not None:
+        unit = power_of_two(weights)
+        return total(values * (weights / unit)) * unit
     grid = Grid.of(values.abs().amax().reshape(1), values.numel(), torch.float64)
     return sum(part.sum().item() for part in grid.split(values[:, None]))

@@ -164,10 +164,17 @@ def read_model(folder: str | os.PathLike[str]) -> str | None:
     return found.get("model") if isinstance(found, dict) else None
 
 
+def layers_done(folder: Path) -> list[str]:
+    """Names of the files of the layers that a run in the folder has done."""
+    return sorted(file.name for file in (folder / STATE).glob("*.npz") if file.stem.isdigit())
+
+
 def _held(folder: Path) -> list[str]:
     """Names of the results in a folder. A pass that was interrupted before its first layer was done leaves none."""
-    layers = sorted(file.name for file in (folder / STATE).glob("*.npz") if file.stem.isdigit())
-    return [name for name in _FILES if (folder / name).exists()] + [f"{STATE}/{name}" for name in layers]
+    return [
+        *(name for name in _FILES if (folder / name).exists()),
+        *(f"{STATE}/{name}" for name in layers_done(folder)),
+    ]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
