@@ -14,7 +14,7 @@ import torch
 
 from gpuclust.cluster.backends.base import Backend
 from gpuclust.cluster.distributed import Group
-from gpuclust.cluster.exact import assign_exactly, reference_dist2
+from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.source import ChunkSource, block_rows
 from gpuclust.cluster.sums import Grid, power_of_two, total, tree_sum
@@ -48,11 +48,11 @@ class Work:
     """What the passes did: assignments in all, and how many of them the reference distance decided."""
 
     assigned: int = 0
-    rechecked: int = 0
+    rechecked: int | torch.Tensor = 0  # on the device, where it is read once, at the end
 
     @property
     def recheck_share(self) -> float:
-        return self.rechecked / max(1, self.assigned)
+        return int(self.rechecked) / max(1, self.assigned)
 
 
 class Weights:
@@ -163,14 +163,12 @@ class Lloyd:
     ) -> torch.Tensor:
         """Label all rows and bring the sums up to date: how many labels of each restart changed, int64 (r,)."""
         r = len(centroids)
-        operand = self.moments.frame.operand(centroids, self.source.dtype)
+        operand = self.backend.prepare(self.moments.frame, centroids, self.source.dtype)
         changed = torch.zeros(r, dtype=torch.int64, device=centroids.device)
         for start, x in self.source.chunks(self.chunk_rows(r)):
             part = slice(start, start + x.shape[0])
             old, new = labels[:, part], labels.new_empty(r, x.shape[0])
-            self.work.rechecked += assign_exactly(
-                self.backend, x, self.norms[part], centroids, operand, new, self.precision
-            )
+            self.work.rechecked += self.backend.assign(x, self.norms[part], operand, new, self.precision)
             changed += (new != old).sum(1)
             weights = None if self.weights is None else self.weights.values[part]
             self.backend.accumulate(x, weights, self.moments.grid, new, None if first else old, sums, counts)
