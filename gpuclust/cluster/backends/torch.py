@@ -1,13 +1,14 @@
 """The torch backend: plain tensor operations on any device. It is the reference for every other backend.
 
 One pass works on a chunk of rows and all restarts at once, scores stored as (restarts, k, rows) so that reductions over
-k add and compare whole vectors of rows: those are a torch CPU's fast ones (0.05 ns a score; its argmin takes 17). Products are summed over slices of `SLICE` features: the worst-case
-error of a float32 sum grows with its length, so short sums that are then added keep the certified margin narrow for
-any d.
+k add and compare whole vectors of rows: those are a torch CPU's fast ones (0.05 ns a score; its argmin takes 17).
+Products are summed over slices of `SLICE` features: the worst-case error of a float32 sum grows with its length, so
+short sums that are then added keep the certified margin narrow for any d.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +20,8 @@ from gpuclust.cluster.sums import Grid
 
 # Adding a row to a sum takes as long as that many rows times one column of a product with the matrix of memberships.
 _PRODUCTS_PER_ADD = 16
+# Centroids of a group, where there are many: the trip over all scores keeps one value for each group.
+_GROUP = 16
 
 
 class TorchBackend:
@@ -87,29 +90,51 @@ def propose(x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torc
     that it leaves open, with the bound of each centroid.
     """
     r, k, _ = operand.centroids.shape
-    scores = _scores(x, operand).view(r, k, -1)
     high, low, slope = (part.view(r, k, 1) for part in (operand.high, operand.low, operand.slope))
-    scores += (high + low) / 2
     margin = (high - low) / 2
+    scores = _scores(x, operand, operand.high - margin.view(-1, 1)).view(r, k, -1)
     reach = (slope.amax(1, keepdim=True) * norms + margin.amax(1, keepdim=True)) * (2 + 2.0**-18)
-    scores -= scores.amin(1, keepdim=True)
-    # What is above the least becomes huge, so that the least of these is the first index of the least score.
-    index = torch.arange(k, device=x.device, dtype=torch.float32)[:, None]
-    work = torch.add(index, scores, alpha=2.0**126)
-    labels.copy_(work.amin(1).nan_to_num_(0.0, 0.0))
-    # The least counts as ``reach``, any other within it as at least 2**-20 of that. What is not a number stays open.
-    within = torch.sub(reach, scores, out=work).clamp_(min=0).sum(1)
+    if k < 4 * _GROUP:
+        label, within = _least(scores, scores.amin(1, keepdim=True), reach)
+    else:
+        # One trip finds the least of each group; what follows looks at groups, then into the one of the least.
+        whole = k // _GROUP * _GROUP
+        groups = scores[:, :whole].unflatten(1, (-1, _GROUP)).amin(2)
+        if whole < k:
+            groups = torch.cat([groups, scores[:, whole:].amin(1, keepdim=True)], 1)
+        least = groups.amin(1, keepdim=True)
+        group, alone = _least(groups, least, reach)
+        inside = (group[:, None] * _GROUP).long() + torch.arange(_GROUP, device=x.device)[:, None]
+        some = scores.gather(1, inside.clamp(max=k - 1))
+        label, within = _least(some.masked_fill_(inside >= k, math.inf), least, reach)
+        label += group * _GROUP
+        within = torch.maximum(within, alone)
+    labels.copy_(label)
+    # Not ">=": what is not a number stays open.
     row, restart = (within < reach[:, 0] * (1 + 2.0**-21)).logical_not_().t().nonzero(as_tuple=True)
     if row.numel() == 0:
         return Candidates(row, restart, row)
     some = scores[restart, :, row]
     bound = slope[restart, :, 0] * norms[row, None] + margin[restart, :, 0]
-    # Not "<=": what is not a number must stay possible.
     possible = (some - bound > (some + bound).amin(1, keepdim=True)).logical_not_()
     single = possible.sum(1) == 1
     labels[restart, row] = possible.byte().argmax(1).to(labels.dtype)
     which, centroid = possible.logical_and_(~single[:, None]).nonzero(as_tuple=True)
     return Candidates(row[which], restart[which], centroid)
+
+
+def _least(scores: torch.Tensor, least: torch.Tensor, reach: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first index of the ``least`` (r, 1, b) of scores (r, m, b), and how much of them is within ``reach`` of it.
+
+    The least itself counts as ``reach`` and any other as at least 2**-20 of that: float32 (r, b), ``reach`` where it is
+    alone, and no number where a score is none.
+    """
+    above = scores - least
+    # What is above the least becomes huge, so that the least of these is the first index of the least score.
+    index = torch.arange(scores.shape[1], device=scores.device, dtype=torch.float32)[:, None]
+    work = torch.add(index, above, alpha=2.0**126)
+    first = work.amin(1).nan_to_num_(0.0, 0.0)
+    return first, torch.sub(reach, above, out=work).clamp_(min=0).sum(1)
 
 
 def _tiles(count: int, x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
@@ -130,15 +155,15 @@ def _terms(
     return grid.split(values, span.start)
 
 
-def _scores(x: torch.Tensor, operand: Operand) -> torch.Tensor:
-    """x^ . matrix as float32 (r * k, b), each slice of features summed apart."""
+def _scores(x: torch.Tensor, operand: Operand, bias: torch.Tensor) -> torch.Tensor:
+    """bias + x^ . matrix as float32 (r * k, b), each slice of features summed apart."""
     total: torch.Tensor | None = None
     for start in range(0, x.shape[1], SLICE):
         end = start + SLICE
         block = x[:, start:end]
         if operand.shift is not None:
             block = (block.to(operand.shift.dtype) * operand.scale).sub_(operand.shift[start:end]).float()
-        product = torch.mm(operand.matrix[:, start:end], block.t())
-        total = product if total is None else total.add_(product)
+        matrix = operand.matrix[:, start:end]
+        total = torch.addmm(bias, matrix, block.t()) if total is None else total.add_(torch.mm(matrix, block.t()))
     assert total is not None
     return total
