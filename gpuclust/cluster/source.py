@@ -10,8 +10,10 @@ import torch
 from gpuclust.cluster.backends.base import SLICE
 from gpuclust.config import environment
 
-# Bytes of scores that a pass holds at a time: what a processor's cache takes, or what keeps a GPU busy.
-_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# Bytes of scores that are held at a time: what a processor's cache takes, or what keeps a GPU busy.
+_PIECE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# Pieces of a chunk.
+_PIECES = 16
 # Values whose float64 copy is cheap to hold: it stays in a processor's cache, or fills a GPU.
 _BLOCK_VALUES = {"cuda": 1 << 24}
 # Rows that share one reading of what they are multiplied with.
@@ -67,10 +69,14 @@ def tiles(rows: int, d: int, device: torch.device) -> Iterator[slice]:
     return (slice(start, min(d, start + width)) for start in range(0, d, width))
 
 
-def chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
-    """Rows of a chunk of width ``d`` whose scores, with ``clusters`` in all, fit the chunk's bytes, and a slice of
-    which is no more than eight times that as float64. GPUCLUST_CHUNK_BYTES sets them; no result depends on them."""
-    size = environment().chunk_bytes or _CHUNK_BYTES.get(device.type, 64 << 20)
-    if memory_limit is not None:
-        size = min(size, memory_limit // 4)
+def piece_rows(clusters: int, d: int, device: torch.device) -> int:
+    """Rows of width ``d`` whose scores, with ``clusters`` in all, are cheap to hold, and a slice of which is no more
+    than eight times that as float64. GPUCLUST_CHUNK_BYTES sets the bytes of the scores; no result depends on them."""
+    size = environment().chunk_bytes or _PIECE_BYTES.get(device.type, 64 << 20)
     return max(16, min(size // (4 * clusters), size // min(d, SLICE)))
+
+
+def chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+    """Rows of a chunk: so many pieces that what is done once for a chunk costs little."""
+    rows = _PIECES * piece_rows(clusters, d, device)
+    return rows if memory_limit is None else max(16, min(rows, memory_limit // (16 * max(clusters, min(d, SLICE)))))

@@ -15,7 +15,7 @@ import torch
 
 from gpuclust.cluster.backends.base import SLICE, Candidates, Operand, Problem
 from gpuclust.cluster.exact import Frame, decide
-from gpuclust.cluster.source import tile_rows, tiles
+from gpuclust.cluster.source import piece_rows, tile_rows, tiles
 from gpuclust.cluster.sums import Grid
 
 # Adding a row to a sum takes as long as that many rows times one column of a product with the matrix of memberships.
@@ -41,7 +41,14 @@ class TorchBackend:
     def assign(
         self, x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor, precision: str
     ) -> torch.Tensor:
-        candidates = propose(x, norms, operand, labels)
+        r, k, d = operand.centroids.shape
+        size = piece_rows(r * k, d, x.device)
+        found = []
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            row, restart, centroid = propose(x[part], norms[part], operand, labels[:, part])
+            found.append(Candidates(row + start, restart, centroid))
+        candidates = Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
         if precision == "fast":
             return torch.zeros((), dtype=torch.int64, device=x.device)
         return decide(x, operand.centroids, candidates, labels)
