@@ -161,36 +161,54 @@ class Frame:
             matrix[part] = (moved * -2.0).to(arithmetic.dtype)
             square[part] = torch.linalg.vecdot(moved, moved)
             bias[part] = torch.linalg.vecdot(moved, c + self.centre) if stored else square[part]
-        terms = (min(d, SLICE) + math.ceil(d / SLICE)) * arithmetic.adding
         rho, tiny = arithmetic.rounding, arithmetic.tiny * math.sqrt(d)
-        relative = (terms / (1 - terms) + (1 if stored else 2) * rho + rho * rho) * (1 + 4 * rho) + 8 * _U
-        reference = (math.log2(d) + 4) * 2.0**-53
-        # What products and conversions lose below the normal range, with the largest value near 1.
-        underflow = d * 2.0**-110 + 2 * tiny * tiny
-        if dtype == torch.float64 and self.far2 < 2.0**-900:
-            underflow = math.inf  # the norms themselves have lost digits: nothing can be certified
-        far, lift = math.sqrt(self.far2) * scale, torch.linalg.vector_norm(self.centre).item() if stored else 0.0
+        relative = relative_error(d, arithmetic) + (1 if stored else 2) * rho * (1 + 4 * rho) + rho * rho
+        lift = torch.linalg.vector_norm(self.centre).item() if stored else 0.0
         length = square.sqrt()
         slope = 2 * length * relative + 2 * tiny
-        # The bias itself was summed in float64: d 2**-53 of its terms' absolute values.
-        summed = d * 2.0**-52 * (square + 2 * length * lift)
-        margin = 8 * _U * bias.abs() + summed + 4 * reference * (square + far * far) + underflow
-        # ||x^|| is at most ||x - m|| s, and ||m|| more where rows are used as stored.
-        margin += slope * lift + 2 * tiny * length
-        inflate = 1 + 2.0**-10
-        high, low = bias + margin * inflate, bias - margin * inflate
-        repeated = _repeated(centroids, bias)
-        high[repeated] = low[repeated] = torch.finfo(torch.float32).max
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        return Operand(
-            centroids,
-            matrix,
-            high.float()[:, None],
-            low.float()[:, None],
-            (slope * (inflate * scale / self.scale)).float()[:, None],
-            None if stored else (self.centre * scale).to(compute),
-            scale,
-        )
+        margin = self.margin(bias, d, square, scale) + 2 * tiny * (tiny + length)
+        # Of rows used as stored ||x^|| is up to ||m|| more than ||x - m||; the bias has terms of that size, too.
+        margin += slope * lift + d * 2.0**-51 * length * lift
+        if dtype == torch.float64 and self.far2 < 2.0**-900:
+            margin += math.inf  # the norms themselves have lost digits: nothing can be certified
+        shift = None if stored else (self.centre * scale).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        return bounded(centroids, matrix, bias, slope * (scale / self.scale), margin, shift, scale)
+
+    def margin(
+        self, bias: torch.Tensor, d: int, square: torch.Tensor | None = None, scale: float | None = None
+    ) -> torch.Tensor:
+        """The part of the bound that is the same for all rows: float64 (p,), for biases (p,) summed in float64, and for
+        ``square`` ||c - m||^2 s^2 (p,), where that is not the bias, in a pass of another scale than the frame's."""
+        square = bias if square is None else square
+        reference = (math.log2(d) + 4) * 2.0**-53
+        far = math.sqrt(self.far2) * (self.scale if scale is None else scale)
+        # Products and conversions lose this below the normal range, with the largest value near 1.
+        underflow = d * 2.0**-110
+        return 8 * _U * bias.abs() + d * 2.0**-52 * square + 4 * reference * (square + far * far) + underflow
+
+
+def relative_error(d: int, arithmetic: Arithmetic) -> float:
+    """The share of ||x^|| ||c^|| that summing d products can lose, and 8 u for the few operations around it."""
+    terms = (min(d, SLICE) + math.ceil(d / SLICE)) * arithmetic.adding
+    return terms / (1 - terms) * (1 + 4 * arithmetic.rounding) + 8 * _U
+
+
+def bounded(
+    centroids: torch.Tensor,
+    matrix: torch.Tensor,
+    bias: torch.Tensor,
+    slope: torch.Tensor,
+    margin: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> Operand:
+    """The operand of centroids (r, k, d) with these biases, slopes and margins, float64 (r * k,)."""
+    inflate = 1 + 2.0**-10
+    high, low = bias + margin * inflate, bias - margin * inflate
+    repeated = _repeated(centroids, bias)
+    high[repeated] = low[repeated] = torch.finfo(torch.float32).max
+    high, low, slope = (part.float()[:, None] for part in (high, low, slope * inflate))
+    return Operand(centroids, matrix, high, low, slope, shift, scale)
 
 
 def _repeated(centroids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from gpuclust.cluster.backends.base import Backend
 from gpuclust.cluster.distributed import Group
 from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
+from gpuclust.cluster.sketch import Sketches
 from gpuclust.cluster.source import ChunkSource, block_rows
 from gpuclust.cluster.sums import Grid, power_of_two, total, tree_sum
 
@@ -119,6 +120,7 @@ class Lloyd:
         self.max_iter, self.tol, self.precision = max_iter, tol, precision
         self.norms = moments.frame.norms(moments.dist2)
         self.work = Work()
+        self.sketches = Sketches(backend, source, moments, self.norms)
 
     def run(self, centroids: torch.Tensor) -> list[Solution]:
         """Iterate from ``centroids`` (r, k, d), which are overwritten, to a solution per restart."""
@@ -130,6 +132,7 @@ class Lloyd:
         solutions: dict[int, Solution] = {}
         active, closing = list(range(r)), [False] * r
         shifts: list[list[float]] = [[] for _ in range(r)]
+        self.sketches.restart()
         passes = 0
         while active:
             changed = self.group.all_reduce(self._pass(centroids, labels, sums, counts, first=passes == 0)).tolist()
@@ -162,19 +165,40 @@ class Lloyd:
         self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor, *, first: bool
     ) -> torch.Tensor:
         """Label all rows and bring the sums up to date: how many labels of each restart changed, int64 (r,)."""
-        r = len(centroids)
         operand = self.backend.prepare(self.moments.frame, centroids, self.source.dtype)
-        changed = torch.zeros(r, dtype=torch.int64, device=centroids.device)
-        for start, x in self.source.chunks(self.chunk_rows(r)):
-            part = slice(start, start + x.shape[0])
-            old, new = labels[:, part], labels.new_empty(r, x.shape[0])
-            self.work.rechecked += self.backend.assign(x, self.norms[part], operand, new, self.precision)
-            changed += (new != old).sum(1)
-            weights = None if self.weights is None else self.weights.values[part]
-            self.backend.accumulate(x, weights, self.moments.grid, new, None if first else old, sums, counts)
-            labels[:, part] = new
         self.work.assigned += labels.numel()
-        return changed
+        new = torch.empty_like(labels)
+        rechecked = self.sketches.assign(operand, new, self.precision)
+        if rechecked is not None:
+            self.work.rechecked += rechecked
+            changed = new != labels
+            moved = changed.any(0).nonzero()[:, 0]
+            for some in moved.split(self.chunk_rows(len(labels))) if len(moved) else ():
+                self._account(self.source.take(some), some, new[:, some], labels[:, some], sums, counts)
+            labels.copy_(new)
+            return changed.sum(1)
+        count = torch.zeros(len(labels), dtype=torch.int64, device=centroids.device)
+        for start, x in self.source.chunks(self.chunk_rows(len(labels))):
+            part = slice(start, start + x.shape[0])
+            old, found = labels[:, part], new[:, part]
+            self.work.rechecked += self.backend.assign(x, self.norms[part], operand, found, self.precision)
+            count += (found != old).sum(1)
+            self._account(x, part, found, None if first else old, sums, counts)
+            old.copy_(found)
+        return count
+
+    def _account(
+        self,
+        x: torch.Tensor,
+        which: slice | torch.Tensor,
+        new: torch.Tensor,
+        old: torch.Tensor | None,
+        sums: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        """Bring the sums up to date with labels (r, b) of the rows ``x``; ``which`` of all rows they are."""
+        weights = None if self.weights is None else self.weights.values[which]
+        self.backend.accumulate(x, weights, self.moments.grid, new, old, sums, counts)
 
     def _masses(self, labels: torch.Tensor, counts: torch.Tensor, k: int) -> torch.Tensor:
         """Weight of each cluster, over all processes, float64 (r, k)."""
