@@ -12,6 +12,8 @@ from gpuclust.config import environment
 
 # Bytes of scores that a pass holds at a time: what a processor's cache takes, or what keeps a GPU busy.
 _CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# Bytes of rows that are on their way to a device, or out of a file, at a time.
+_STAGE_BYTES = 64 << 20
 # Values whose float64 copy is cheap to hold: it stays in a processor's cache, or fills a GPU.
 _BLOCK_VALUES = {"cuda": 1 << 24}
 # Rows that share one reading of what they are multiplied with.
@@ -26,7 +28,10 @@ class ChunkSource(Protocol):
     device: torch.device
 
     def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield ``(start, x)`` with ``x`` of shape ``(b, d)``, ``b <= rows``, for all rows in order."""
+        """Yield ``(start, x)`` with ``x`` of shape ``(b, d)``, ``b <= rows``, for all rows in order.
+
+        ``x`` is only read, and only until the next is asked for: its memory may be used again.
+        """
         ...
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
@@ -74,3 +79,9 @@ def chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | 
     if memory_limit is not None:
         size = min(size, memory_limit // 4)
     return max(16, min(size // (4 * clusters), size // min(d, SLICE)))
+
+
+def stage_bytes(memory_limit: int | None = None) -> int:
+    """Bytes of one of the two buffers that rows pass through; GPUCLUST_CHUNK_BYTES sets them, too."""
+    size = environment().chunk_bytes or _STAGE_BYTES
+    return size if memory_limit is None else min(size, memory_limit // 8)
