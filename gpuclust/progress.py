@@ -93,4 +93,6 @@ class Progress:
 class _Speed(rich.progress.ProgressColumn):
     def render(self, task: rich.progress.Task) -> Text:
         speed, unit = task.finished_speed or task.speed, task.fields.get("unit")
-        return Text((f"{speed:.1f} {unit}" if speed < 1000 else f"{speed:,.0f} {unit}") if speed and unit else "")
+        if not (speed and unit):
+            return Text("")
+        return Text(f"{speed:,.0f} {unit}" if unit == "rows/s" else f"{speed:.1f} {unit}")

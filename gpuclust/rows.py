@@ -14,9 +14,8 @@ from gpuclust.cluster.fit import Fit
 from gpuclust.cluster.inputs import read_rows
 from gpuclust.cluster.streams import WatchedSource
 from gpuclust.config import environment
-from gpuclust.errors import GpuclustError, InputError
+from gpuclust.errors import GpuclustError, InputError, MemoryLimitError, first_line, is_out_of_memory
 from gpuclust.files import write
-from gpuclust.prepare import in_memory
 from gpuclust.progress import Progress
 
 
@@ -40,6 +39,8 @@ def cluster_file(file: Path, out: Path, clusters: int, *, force: bool = False, *
     ------
     InputError
         If the file is not there or is no array of numbers, if ``out`` is there, or for what KMeans refuses.
+    MemoryLimitError
+        If memory runs out.
     """
     if out.exists() and not force:
         raise InputError(f"{str(out)!r} is there already: --force overwrites it, --out takes another name")
@@ -58,10 +59,17 @@ def cluster_file(file: Path, out: Path, clusters: int, *, force: bool = False, *
     if parameters.get("memory_limit") is None:
         parameters["memory_limit"] = environment().memory_limit
     started = time.perf_counter()
-    with in_memory(), Progress() as bar:
-        rows = read_rows(x, parameters.get("device"), memory_limit=parameters["memory_limit"])
-        watched = replace(rows, source=WatchedSource(rows.source, bar.passes(rows.source.shape[0])))
-        fit = KMeans(clusters, **parameters).fit(watched).fit_report_
+    try:
+        with Progress() as bar:
+            rows = read_rows(x, parameters.get("device"), memory_limit=parameters["memory_limit"])
+            watched = replace(rows, source=WatchedSource(rows.source, bar.passes(rows.source.shape[0])))
+            fit = KMeans(clusters, **parameters).fit(watched).fit_report_
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryLimitError(
+            f"memory ran out: {first_line(error)}; give a --memory-limit below what is free, or fewer --clusters"
+        ) from error
     seconds = time.perf_counter() - started
     labels = fit.labels.cpu().numpy()
 

@@ -38,7 +38,8 @@ class Checksum:
         size = block_rows(self.d, x.device) * self.step
         for begin in range(first, x.shape[0], size):
             rows = x[begin : begin + size : self.step]
-            words = rows.reshape(-1).contiguous().view(half).view(rows.shape[0], -1)
+            # A dimension of one may have any stride, which words of another size do not put up with.
+            words = rows.contiguous().as_strided(rows.shape, (self.d, 1)).view(half)
             if self._factors is None or self._sum is None:
                 self._factors = _odd(words.shape[1]).to(x.device)
                 self._sum = torch.zeros((), dtype=torch.int64, device=x.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class Staging:
         self._places = [torch.empty(rows, d, dtype=dtype, device=device) for _ in range(2)]
         self._cuda = _Copies(rows, d, dtype, device) if device.type == "cuda" else None
 
-    def stream(self, pieces: Iterable[Piece]) -> Iterator[tuple[int, torch.Tensor]]:
+    def stream(self, pieces: Iterable[Piece]) -> Generator[tuple[int, torch.Tensor], None, None]:
         """The rows of the pieces in order, on the device; each tensor is valid until the next is asked for.
 
         The next piece is asked for when the last one is filled: what it is read from may be used again by then.

@@ -20,15 +20,18 @@ from gpuclust.errors import InputError
 
 # Of rows in host memory, whose every byte is worth a look on a GPU alone, every so many count for the checksum.
 _SAMPLED = 64
-# Rows that are gathered at a time from a mapped file, each of which brings its neighbours into memory.
+# Rows that are gathered at a time from a mapped file.
 _GATHERED = 1024
+# What a value that is read from a mapped file brings into memory, at least: its neighbours come with it.
+_AROUND_BYTES = 64 << 10
 
 
 class HostSource:
     """Rows in host memory or in a memory-mapped file, for a device that does not hold them.
 
     For CUDA, and where rows must be converted, chunks go through `gpuclust.cluster.staging.Staging`; else they are
-    views, and the pages of a file are given back after each.
+    views, and the pages of a file are given back after each. A large file that is stored columns first is read some
+    columns at a time, since a chunk's rows are in as many places of it.
 
     What is noticed when rows change between passes: on CUDA any change. On the CPU a file that is written to (by its
     size and its time of change), and a change of every 64th row; not that of another single value.
@@ -60,13 +63,16 @@ class HostSource:
         self.file = Mapped.of(x)
         self._release = release and self.file is not None
         self._tensor = to_rows(x) if in_place(x) else None
-        self._rows = max(1, stage_bytes(memory_limit) // (self.shape[1] * self.dtype.itemsize))
+        size = stage_bytes(memory_limit)
+        self._rows = max(1, size // (self.shape[1] * self.dtype.itemsize))
+        rows_first = _stride(x, 0) >= _stride(x, 1)
+        self._width = self.shape[1] if rows_first or not self._release else max(1, size // _AROUND_BYTES)
         self._unchanged = Unchanged(self.shape[1], 1 if device.type == "cuda" else _SAMPLED)
 
     @property
     def buffer_bytes(self) -> int:
         """What a pass allocates on the device."""
-        viewed = self._tensor is not None and self.device.type == "cpu"
+        viewed = self._tensor is not None and self.device.type == "cpu" and self._width == self.shape[1]
         return 0 if viewed else 2 * min(self._rows, self.shape[0]) * self.shape[1] * self.dtype.itemsize
 
     def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -85,8 +91,11 @@ class HostSource:
         out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype)
         # In the order of the file, a few at a time; each goes where it was asked for.
         for place, some in zip(order.split(_GATHERED), wanted.split(_GATHERED), strict=True):
-            out[place] = to_rows(self.x[some.numpy()] if isinstance(self.x, np.ndarray) else self.x[some])
-            self._give_back()
+            for span in self._spans():
+                columns = self.x[:, span]
+                found = columns[some.numpy()] if isinstance(columns, np.ndarray) else columns[some]
+                out[place, span] = to_rows(found)
+                self._give_back()
         return out.to(self.device)
 
     def _views(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -102,9 +111,14 @@ class HostSource:
         )
 
     def _fill(self, start: int, out: torch.Tensor) -> None:
-        x = self.x if self._tensor is None else self._tensor
-        copy_rows(x[start : start + len(out)], out)
-        self._give_back()
+        x = (self.x if self._tensor is None else self._tensor)[start : start + len(out)]
+        for span in self._spans():
+            copy_rows(x[:, span], out[:, span])
+            self._give_back()
+
+    def _spans(self) -> Iterator[slice]:
+        """The features, as many as are read at a time."""
+        return (slice(first, first + self._width) for first in range(0, self.shape[1], self._width))
 
     def _pinned(self, start: int, rows: int) -> torch.Tensor | None:
         if self._tensor is None or not self._tensor.is_pinned() or not self._tensor.is_contiguous():
@@ -114,6 +128,10 @@ class HostSource:
     def _give_back(self) -> None:
         if self._release and self.file:
             self.file.release()
+
+
+def _stride(x: torch.Tensor | np.ndarray, dimension: int) -> int:
+    return abs(x.strides[dimension] if isinstance(x, np.ndarray) else x.stride(dimension))
 
 
 class ChunksSource:
@@ -150,6 +168,8 @@ class ChunksSource:
         n, sums, first = 0, None, None
         for item in x:
             chunk = read(item)
+            if chunk.shape[1] == 0:
+                raise InputError("Found array with 0 feature(s) in the chunks of X while a minimum of 1 is required.")
             if first is None or sums is None:
                 first = chunk[:0]
                 self._unchanged = Unchanged(chunk.shape[1])
