@@ -12,7 +12,7 @@ import numpy as np
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.fit import Fit
 from gpuclust.cluster.inputs import read_rows
-from gpuclust.cluster.streams import WatchedSource
+from gpuclust.cluster.source import WatchedSource
 from gpuclust.config import environment
 from gpuclust.errors import GpuclustError, InputError, MemoryLimitError, first_line, is_out_of_memory
 from gpuclust.files import write

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from gpuclust.cluster.arrays import in_place, open_array, refuse_sparse, require_real, require_rows, row_dtype, to_rows
+from gpuclust.cluster.chunks import ChunksSource
+from gpuclust.cluster.host import HostSource
 from gpuclust.cluster.mapped import Mapped
 from gpuclust.cluster.source import ChunkSource, TensorSource
-from gpuclust.cluster.streams import ChunksSource, HostSource
 from gpuclust.config import show_bytes
 from gpuclust.errors import InputError, UnavailableError
 from gpuclust.free import free_bytes

@@ -83,7 +83,7 @@ class KMeans(ScikitLearn):
     .npy, chunks of rows (a list of arrays (b, d), or an object whose ``__iter__`` gives them anew each time, in a fixed
     order), or a chunk source (`gpuclust.cluster.source.ChunkSource`); results are of the same kind on the same device.
     What is streamed, from memory, a file or chunks, is read several times, and gives the same bits; if it changes
-    meanwhile that is an error (`gpuclust.cluster.streams` says what is noticed). A callable ``init`` gets it as it is.
+    meanwhile that is an error (`HostSource` says what is noticed in a file). A callable ``init`` gets it as it is.
     Sums are of values rounded to a grid per feature (`gpuclust.cluster.sums`), so that no order of adding changes them:
     a centroid is exact to about 2**-35 of the largest absolute value of its feature, for 70,000 rows of float32.
     Sources of the method: Lloyd, "Least squares quantization in PCM", 1982; see `gpuclust.cluster.seeding` and

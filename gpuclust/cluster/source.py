@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -54,6 +54,22 @@ class TensorSource:
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         return self.x.index_select(0, index)
+
+
+class WatchedSource:
+    """The rows of another source; ``tell`` hears of every chunk that is handed out: its first row and their number."""
+
+    def __init__(self, source: ChunkSource, tell: Callable[[int, int], None]) -> None:
+        self._source, self._tell = source, tell
+        self.shape, self.dtype, self.device = source.shape, source.dtype, source.device
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+        for start, x in self._source.chunks(rows):
+            self._tell(start, x.shape[0])
+            yield start, x
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        return self._source.take(index)
 
 
 def block_rows(d: int, device: torch.device) -> int:
