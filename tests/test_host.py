@@ -250,13 +250,16 @@ def test_an_interrupted_fit_leaves_nothing_behind(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_rows_in_host_memory_stream_to_a_gpu(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_rows_in_host_memory_stream_to_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "20000")
     x = rows("blobs", 2111, 37, dtype)
     parameters = {"n_clusters": 7, "n_init": 2, "random_state": 1, "device": "cuda"}
     resident = KMeans(**parameters).fit(x)
     assert resident.fit_report_.rows.startswith("copied to cuda:0")
     for given in (x, x.pin_memory(), x.numpy(), mapped(tmp_path, x.numpy()), cut(x, (500, 3)), cut(x.cuda(), (500,))):
-        model = KMeans(**parameters, memory_limit=1000).fit(given)
+        model = KMeans(**parameters, memory_limit=160_000).fit(given)
         assert "streamed" in model.fit_report_.rows or "chunks" in model.fit_report_.rows
         same_on_host(model, resident)
         for result, wanted in (
@@ -269,7 +272,7 @@ def test_rows_in_host_memory_stream_to_a_gpu(tmp_path: Path, dtype: torch.dtype)
 @pytest.mark.gpu
 def test_any_change_of_streamed_host_memory_is_seen_on_a_gpu() -> None:
     x = rows("blobs", 2000, 37)
-    source = read_rows(x, "cuda", memory_limit=1000).source
+    source = read_rows(x, "cuda", memory_limit=160_000).source
     list(source.chunks(100))
     x[1777, 3] += 1
     with pytest.raises(InputError, match="X changed between two passes"):
@@ -277,15 +280,16 @@ def test_any_change_of_streamed_host_memory_is_seen_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-def test_an_interrupted_pass_leaves_the_gpu_usable() -> None:
+def test_an_interrupted_pass_leaves_the_gpu_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "20000")
     x = rows("blobs", 2000, 37)
-    stream = read_rows(x, "cuda", memory_limit=1000).source.chunks(100)
+    stream = read_rows(x, "cuda", memory_limit=160_000).source.chunks(100)
     assert isinstance(stream, Generator)
     next(stream)
     next(stream)
     with pytest.raises(KeyboardInterrupt):
         stream.throw(KeyboardInterrupt)
-    model = KMeans(4, random_state=0, device="cuda", memory_limit=1000).fit(x)
+    model = KMeans(4, random_state=0, device="cuda", memory_limit=160_000).fit(x)
     same_on_host(model, KMeans(4, random_state=0, device="cuda").fit(x))
 
 

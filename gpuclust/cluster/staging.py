@@ -101,14 +101,14 @@ class _Copies:
         self.used = [torch.cuda.Event() for _ in range(2)]
 
     def fill(self, piece: Piece, slot: int, place: torch.Tensor) -> None:
-        rows = piece.pinned
-        if rows is None:
-            if slot not in self.host:
-                self.host[slot] = torch.empty(self.shape, dtype=self.dtype, pin_memory=True)
-            rows = self.host[slot][: piece.size]
-            self.copied[slot].synchronize()
-            piece.fill(rows)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            rows = piece.pinned
+            if rows is None:
+                if slot not in self.host:
+                    self.host[slot] = torch.empty(self.shape, dtype=self.dtype, pin_memory=True)
+                rows = self.host[slot][: piece.size]
+                self.copied[slot].synchronize()
+                piece.fill(rows)
             self.stream.wait_event(self.used[slot])
             place.copy_(rows, non_blocking=True)
             self.copied[slot].record(self.stream)
