@@ -97,7 +97,7 @@ class Case:
 
 
 def covering(most_products: int = 12_000_000) -> list[Case]:
-    """Cases in which every pair of values of two properties stands, but for pairs that are too large or make no sense."""
+    """Cases in which every pair of values of two properties stands, but for what is too large or senseless."""
     names = list(PROPERTIES)
     rng = np.random.RandomState(0)
     wanted = {

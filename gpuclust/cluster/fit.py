@@ -50,6 +50,8 @@ class Fit:
         Share of all assignments, over all restarts and iterations, that the reference distance decided.
     times : dict
         Seconds: ``moments_s``, ``seed_s``, ``iterate_s``, ``select_s``.
+    rows : str
+        Where the rows were: in memory, copied to the device, or streamed, and why.
     """
 
     centroids: torch.Tensor
@@ -64,6 +66,7 @@ class Fit:
     rejected: dict[str, str]
     recheck_share: float
     times: dict[str, float] = field(default_factory=dict)
+    rows: str = ""
 
 
 def fit_kmeans(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
 import torch
 
 from gpuclust.arithmetic import full_precision
+from gpuclust.cluster.arrays import read_array
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Backend, Problem
 from gpuclust.cluster.fit import Fit, fit_kmeans
-from gpuclust.cluster.inputs import Rows, is_real, is_whole, read_array, read_rows, read_weights
+from gpuclust.cluster.inputs import Rows, is_real, is_whole, read_rows, read_weights
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.moments import centroid_dtype
 from gpuclust.cluster.predict import dist2_to_all, nearest
@@ -57,8 +59,9 @@ class KMeans(ScikitLearn):
     device : str, torch.device or None
         Where to compute; where X is by default.
     memory_limit : int or None
-        Bytes for what grows with clusters, features and restarts; beside it and X a fit holds some 60 bytes per row. It
-        never changes the result.
+        Bytes for a copy of X on the device and for what grows with clusters, features and restarts; beside it a fit
+        holds some 60 bytes per row. X of which a copy would take more than three quarters of it (or of what is free)
+        is streamed. It never changes the result.
 
     Attributes
     ----------
@@ -72,12 +75,15 @@ class KMeans(ScikitLearn):
     feature_names_in_ : array of str (d,)
         Only if X has names of columns that are all strings.
     fit_report_ : gpuclust.cluster.fit.Fit
-        Backend, solver, rejected backends with reasons, share of re-checked assignments, times.
+        Backend, solver, rejected backends with reasons, share of re-checked assignments, times, where the rows were.
 
     Notes
     -----
     X is a torch tensor, a NumPy array, anything that offers DLPack or ``__cuda_array_interface__``, a memory-mapped
-    .npy, or a chunk source (`gpuclust.cluster.source.ChunkSource`); results are of the same kind on the same device.
+    .npy, chunks of rows (a list of arrays (b, d), or an object whose ``__iter__`` gives them anew each time, in a fixed
+    order), or a chunk source (`gpuclust.cluster.source.ChunkSource`); results are of the same kind on the same device.
+    What is streamed, from memory, a file or chunks, is read several times, and gives the same bits; if it changes
+    meanwhile that is an error (`HostSource` says what is noticed in a file). A callable ``init`` gets it as it is.
     Sums are of values rounded to a grid per feature (`gpuclust.cluster.sums`), so that no order of adding changes them:
     a centroid is exact to about 2**-35 of the largest absolute value of its feature, for 70,000 rows of float32.
     Sources of the method: Lloyd, "Least squares quantization in PCM", 1982; see `gpuclust.cluster.seeding` and
@@ -159,7 +165,7 @@ class KMeans(ScikitLearn):
             weights=read_weights(sample_weight, source),
             precision=self.precision,
             backend=self.backend,
-            memory_limit=self.memory_limit,
+            memory_limit=rows.left_of(self.memory_limit),
             tell=print if self.verbose else None,
         )
         found = int(fit.labels.unique().numel())
@@ -175,7 +181,7 @@ class KMeans(ScikitLearn):
         self.cluster_centers_ = rows.back(fit.centroids)
         self.labels_ = rows.back(fit.labels)
         self.inertia_, self.n_iter_ = fit.inertia, fit.n_iter
-        self.fit_report_ = fit
+        self.fit_report_ = replace(fit, rows=rows.how)
         return self
 
     def predict(self, X: Any) -> Any:
@@ -183,7 +189,8 @@ class KMeans(ScikitLearn):
         rows, centroids = self._known(X)
         backend = self._backend(rows.source)
         with full_precision(rows.source.device):
-            return rows.back(nearest(rows.source, centroids, backend, self.precision, self.memory_limit))
+            limit = rows.left_of(self.memory_limit)
+            return rows.back(nearest(rows.source, centroids, backend, self.precision, limit))
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """``fit(X)``, then its labels: int32 (n,)."""
@@ -192,7 +199,8 @@ class KMeans(ScikitLearn):
     def transform(self, X: Any) -> Any:
         """Distances of the rows of ``X`` (n, d) to the centroids, in their type: (n, n_clusters)."""
         rows, centroids = self._known(X)
-        out = torch.empty(rows.source.shape[0], len(centroids), dtype=centroids.dtype, device=centroids.device)
+        # Where it is wanted: the device that rows are streamed to may have no room for it.
+        out = torch.empty(rows.source.shape[0], len(centroids), dtype=centroids.dtype, device=rows.home)
         with full_precision(rows.source.device):
             for part, dist2 in dist2_to_all(rows.source, centroids):
                 out[part] = dist2.sqrt_()
@@ -208,7 +216,8 @@ class KMeans(ScikitLearn):
         source = rows.source
         weights = read_weights(sample_weight, source)
         with full_precision(source.device):
-            labels = nearest(source, centroids, self._backend(source), self.precision, self.memory_limit)
+            limit = rows.left_of(self.memory_limit)
+            labels = nearest(source, centroids, self._backend(source), self.precision, limit)
             return -total(distances(source, centroids, labels), weights)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
@@ -249,7 +258,7 @@ class KMeans(ScikitLearn):
             from sklearn.utils.validation import _check_feature_names
 
             _check_feature_names(self, X, reset=reset)
-        rows = read_rows(X, self.device, type(self).__name__)
+        rows = read_rows(X, self.device, type(self).__name__, self.memory_limit)
         d = rows.source.shape[1]
         if reset:
             self.n_features_in_ = d

@@ -120,7 +120,7 @@ class Sketches:
         n, d = source.shape
         self.possible = (
             source.device.type == "cpu"
-            and getattr(source, "resident", True)
+            and source.resident
             and n * d >= _LEAST_VALUES
             and n >= _LEAST_ROWS
             and d >= 8 * _SHARE
