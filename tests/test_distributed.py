@@ -16,7 +16,7 @@ import torch
 from cases_cluster import blobs, rows
 
 from gpuclust.cluster import KMeans, shared
-from gpuclust.cluster.distributed import Block, OneProcess, TorchGroup
+from gpuclust.cluster.distributed import Block, Group, OneProcess, TorchGroup
 from gpuclust.cluster.lloyd import Weights
 from gpuclust.errors import InputError, UnavailableError
 
@@ -52,32 +52,32 @@ def _mirrored() -> torch.Tensor:
     return corners.repeat(N // 6, 1)
 
 
-def _cases() -> dict[str, tuple[torch.Tensor, dict[str, Any], np.ndarray | None]]:
-    """Rows, parameters, weights."""
-    cases: dict[str, tuple[torch.Tensor, dict[str, Any], np.ndarray | None]] = {}
+def _cases(size: int) -> dict[str, tuple[torch.Tensor, dict[str, Any], np.ndarray | None]]:
+    """Rows, parameters, weights; for two processes all of them."""
+    x = _blobs(torch.float64)
+    cases: dict[str, tuple[torch.Tensor, dict[str, Any], np.ndarray | None]] = {
+        "more clusters than a process has rows": (_blobs(torch.float32), {"n_clusters": 30}, None),
+        "weights, float16": (_blobs(torch.float16), {"n_init": 3}, _weights(0)),
+        "k-means||, weights": (x, {"init": "k-means||", "n_init": 3}, _weights(0)),
+        "random, weights": (x, {"init": "random", "n_init": 3}, _weights(0)),
+        "array, empty clusters": (x, {"init": _far(x, 8)}, None),
+        "array, empty clusters, equally far rows": (_mirrored(), {"init": _far(_mirrored(), 5)}, None),
+    }
+    if size > 2:
+        return cases
     for dtype in (torch.float32, torch.float64, torch.float16):
-        cases[f"k-means++ {dtype}"] = (_blobs(dtype), {"n_init": 3}, None)
+        cases[f"k-means++, {dtype}"] = (_blobs(dtype), {"n_init": 3}, None)
     for init in ("k-means++", "random", "k-means||"):
         cases[f"{init}, offset"] = (_blobs(torch.float32, 1e4), {"init": init, "n_init": 3}, None)
-        cases[f"{init}, weights"] = (_blobs(torch.float64), {"init": init, "n_init": 3}, _weights(0))
         cases[f"{init}, a process without weight"] = (_blobs(torch.float32), {"init": init, "n_init": 2}, _weights(100))
-        cases[f"{init}, duplicates"] = (rows("duplicates", N, 3)[:6].repeat(N // 6, 1), {"init": init}, None)
+        cases[f"{init}, duplicates"] = (rows("noise", 6, 3).repeat(N // 6, 1), {"init": init}, None)
         cases[f"{init}, tight groups, far row"] = (rows("one far row", N, 3), {"init": init, "n_init": 3}, None)
-        cases[f"{init}, little memory"] = (_blobs(torch.float32), {"init": init, "n_init": 3, "memory_limit": 1}, None)
-    cases["more clusters than a process has rows"] = (_blobs(torch.float32), {"n_clusters": 60}, None)
-    cases["weights that are one here and two there"] = (
-        _blobs(torch.float32),
-        {},
-        np.where(np.arange(N) < 90, 1.0, 2.0),
-    )
-    x = _blobs(torch.float64)
+        cases[f"{init}, little memory"] = (_blobs(torch.float32), {"init": init, "n_init": 2, "memory_limit": 1}, None)
+    cases["k-means++, weights"] = (x, {"n_init": 3}, _weights(0))
+    cases["weights that are one here and two there"] = (_blobs(torch.float32), {}, np.where(np.arange(N) < 7, 1.0, 2.0))
     cases["array"] = (x, {"init": x[50:59]}, None)
-    for weights in (None, _weights(0)):
-        for count in (2, 8):
-            cases[f"{count} empty clusters, {weights is None}"] = (x, {"init": _far(x, count)}, weights)
-    x = _mirrored()
-    cases["empty clusters, equally far rows"] = (x, {"init": _far(x, 5)}, None)
-    cases["equally good restarts"] = (x, {"n_clusters": 2, "init": "random", "n_init": 8}, None)
+    cases["array, empty clusters, weights"] = (x, {"init": _far(x, 4)}, _weights(0))
+    cases["equally good restarts"] = (_mirrored(), {"n_clusters": 2, "init": "random", "n_init": 8}, None)
     return cases
 
 
@@ -98,40 +98,40 @@ def _fit(x: Any, options: dict[str, Any], weights: Any) -> dict[str, Any]:
     }
 
 
-def _all_cases(rank: int, part: Callable[[Any], Any]) -> dict[str, Any]:
+def _all_cases(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
     return {
-        name: _fit(shared(part(x)), options, None if weights is None else part(weights))
-        for name, (x, options, weights) in _cases().items()
+        name: _fit(shared(part(x), group), options, None if weights is None else part(weights))
+        for name, (x, options, weights) in _cases(group.size).items()
     }
 
 
 # ---- what is refused
 
 
-def _refusals(rank: int, part: Callable[[Any], Any]) -> dict[str, Any]:
+def _refusals(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
     """What each of these raises, in this process."""
-    x, last = _blobs(torch.float32), rank == 1
+    x, rank, last = _blobs(torch.float32), group.rank, group.rank == 1
     bad = x.clone()
     bad[200, 4] = float("nan")
     bad[210, 1] = float("inf")
     ones = np.ones(len(part(x)))
     attempts: dict[str, Callable[[], Any]] = {
-        "NaN": lambda: KMeans(3).fit(shared(part(bad))),
-        "no rows": lambda: KMeans(3).fit(shared(x[:0] if last else x)),
-        "three dimensions": lambda: KMeans(3).fit(shared(x[None] if last else x)),
-        "sparse": lambda: KMeans(3).fit(shared(x.to_sparse() if last else x)),
-        "too many clusters": lambda: KMeans(N + 1).fit(shared(part(x))),
-        "parameter": lambda: KMeans(0 if last else 3).fit(shared(x)),
-        "clusters": lambda: KMeans(3 + rank, random_state=0).fit(shared(x)),
-        "width": lambda: KMeans(3, random_state=0).fit(shared(x[:, rank:])),
-        "dtype": lambda: KMeans(3, random_state=0).fit(shared(x.double() if last else x)),
-        "starts": lambda: KMeans(3, init=x[rank : rank + 3]).fit(shared(x)),
-        "callable": lambda: KMeans(3, init=lambda x, k, random_state: x[:k]).fit(shared(x)),
-        "weights missing": lambda: KMeans(3).fit(shared(part(x)), sample_weight=None if last else ones),
-        "weights negative": lambda: KMeans(3).fit(shared(part(x)), sample_weight=-ones if last else ones),
-        "weights zero": lambda: KMeans(3).fit(shared(part(x)), sample_weight=0 * ones),
-        "too large": lambda: KMeans(3).fit(shared(part(x.double() * (1e160 if last else 1)))),
-        "score": lambda: KMeans(3).fit(x).score(shared(bad if last else x)),
+        "NaN": lambda: KMeans(3).fit(shared(part(bad), group)),
+        "no rows": lambda: KMeans(3).fit(shared(x[:0] if last else x, group)),
+        "three dimensions": lambda: KMeans(3).fit(shared(x[None] if last else x, group)),
+        "sparse": lambda: KMeans(3).fit(shared(x.to_sparse() if last else x, group)),
+        "too many clusters": lambda: KMeans(N + 1).fit(shared(part(x), group)),
+        "parameter": lambda: KMeans(0 if last else 3).fit(shared(x, group)),
+        "clusters": lambda: KMeans(3 + rank, random_state=0).fit(shared(x, group)),
+        "width": lambda: KMeans(3, random_state=0).fit(shared(x[:, rank:], group)),
+        "dtype": lambda: KMeans(3, random_state=0).fit(shared(x.double() if last else x, group)),
+        "starts": lambda: KMeans(3, init=x[rank : rank + 3]).fit(shared(x, group)),
+        "callable": lambda: KMeans(3, init=lambda x, k, random_state: x[:k]).fit(shared(x, group)),
+        "weights missing": lambda: KMeans(3).fit(shared(part(x), group), sample_weight=None if last else ones),
+        "weights negative": lambda: KMeans(3).fit(shared(part(x), group), sample_weight=-ones if last else ones),
+        "weights zero": lambda: KMeans(3).fit(shared(part(x), group), sample_weight=0 * ones),
+        "too large": lambda: KMeans(3).fit(shared(part(x.double() * (1e160 if last else 1)), group)),
+        "score": lambda: KMeans(3).fit(x).score(shared(bad if last else x, group)),
     }
     found = {}
     for name, attempt in attempts.items():
@@ -142,41 +142,50 @@ def _refusals(rank: int, part: Callable[[Any], Any]) -> dict[str, Any]:
     return found
 
 
-def _several(rank: int, part: Callable[[Any], Any]) -> dict[str, Any]:
-    """Models that have nothing to do with each other, and a random state that is not the same everywhere."""
-    x = part(_blobs(torch.float64))
-    alone = KMeans(3, random_state=0).fit(x)
+def _alone(part: Callable[[Any], Any]) -> tuple[list[int], float]:
+    """A model of this process that has nothing to do with those of the others."""
+    model = KMeans(3, random_state=0).fit(part(_blobs(torch.float64)))
+    return model.labels_.tolist(), model.inertia_
+
+
+def _drawn(rank: int, part: Callable[[Any], Any]) -> bytes:
+    """Centroids of all processes where their random states are not the same."""
     np.random.seed(rank)
-    drawn = KMeans(3, init="random").fit(shared(x)).cluster_centers_
-    return {"alone": alone.labels_.tolist(), "inertia": alone.inertia_, "drawn": drawn.numpy().tobytes()}
+    return KMeans(3, init="random").fit(shared(part(_blobs(torch.float64)))).cluster_centers_.numpy().tobytes()
 
 
-TASKS = {"cases": _all_cases, "refusals": _refusals, "several": _several}
+def _outsider(processes: Any) -> str:
+    """What a process is told that does not belong to the group."""
+    try:
+        return str(TorchGroup(processes))
+    except UnavailableError as error:
+        return str(error)
 
 
-def run(size: int, task: str, folder: Path) -> list[Any]:
-    """What a task gives in each of ``size`` processes; one that waits for ever is a failure."""
-    command = [sys.executable, "-W", "error", __file__, task, str(size), str(folder)]
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of three processes gives; one that waits for ever is a failure."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, "-W", "error", __file__, str(folder)]
     processes = [
-        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, cwd=FOLDER.parent) for rank in range(size)
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, cwd=FOLDER.parent) for rank in range(3)
     ]
     try:
         for process in processes:
-            _, told = process.communicate(timeout=60)
+            _, told = process.communicate(timeout=120)
             assert process.returncode == 0, told.decode()
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return [pickle.loads((folder / f"{task}-{rank}").read_bytes()) for rank in range(size)]
+    return [pickle.loads((folder / f"answer-{rank}").read_bytes()) for rank in range(3)]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_several_processes_find_the_bits_of_one(size: int, tmp_path: Path) -> None:
-    answers = run(size, "cases", tmp_path)
-    for name, (x, options, weights) in _cases().items():
+def test_several_processes_find_the_bits_of_one(size: int, answers: list[dict[str, Any]]) -> None:
+    for name, (x, options, weights) in _cases(size).items():
         whole = _fit(x, options, weights)
-        parts = [answer[name] for answer in answers]
+        parts = [answer[f"cases of {size}"][name] for answer in answers[:size]]
         for part in parts:
             for fact in ("centers", "inertia", "n_iter", "trace", "score", "warnings"):
                 assert part[fact] == whole[fact], (name, fact)
@@ -184,8 +193,8 @@ def test_several_processes_find_the_bits_of_one(size: int, tmp_path: Path) -> No
         assert b"".join(part["dist2"] for part in parts) == whole["dist2"], name
 
 
-def test_an_error_of_one_process_is_an_error_of_all(tmp_path: Path) -> None:
-    one, two = run(2, "refusals", tmp_path)
+def test_an_error_of_one_process_is_an_error_of_all(answers: list[dict[str, Any]]) -> None:
+    one, two = (answer["refusals"] for answer in answers[:2])
     assert one == two
     for name, kind, words in (
         ("NaN", "InputError", "process 1 of 2: Input X contains NaN: nan in row 200, column 4"),
@@ -210,14 +219,22 @@ def test_an_error_of_one_process_is_an_error_of_all(tmp_path: Path) -> None:
     assert not one
 
 
-def test_a_process_group_alone_makes_no_fit_distributed(tmp_path: Path) -> None:
-    answers = run(2, "several", tmp_path)
+def test_a_process_group_alone_makes_no_fit_distributed(answers: list[dict[str, Any]]) -> None:
     x, start = _blobs(torch.float64), 0
-    for answer, end in zip(answers, CUTS[2], strict=True):
-        alone = KMeans(3, random_state=0).fit(x[start:end])
-        assert (answer["alone"], answer["inertia"]) == (alone.labels_.tolist(), alone.inertia_)
+    for answer, end in zip(answers, CUTS[3], strict=True):
+        model = KMeans(3, random_state=0).fit(x[start:end])
+        assert answer["alone"] == (model.labels_.tolist(), model.inertia_)
         start = end
-    assert answers[0]["drawn"] == answers[1]["drawn"]
+
+
+def test_the_random_state_of_the_first_process_counts(answers: list[dict[str, Any]]) -> None:
+    np.random.seed(0)
+    expected = KMeans(3, init="random").fit(_blobs(torch.float64)).cluster_centers_.numpy().tobytes()
+    assert [answer["drawn"] for answer in answers] == [expected] * 3
+
+
+def test_a_process_outside_the_group_is_told_so(answers: list[dict[str, Any]]) -> None:
+    assert "does not belong to the process group" in answers[2]["outsider"]
 
 
 # ---- in one process
@@ -267,14 +284,30 @@ def test_weights_lost_in_the_unit_count_as_the_lightest() -> None:
         Weights(torch.tensor([1e300, 5e-324], dtype=torch.float64))
 
 
-def main(task: str, size: int, folder: Path, rank: int) -> None:
+def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/{task}-meeting", rank=rank, world_size=size)
-    cuts = (0, *CUTS[size])
-    answer = TASKS[task](rank, lambda x: x[cuts[rank] : cuts[rank + 1]])
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=3)
+    pair = torch.distributed.new_group([0, 1])
+
+    def part(size: int) -> Callable[[Any], Any]:
+        cuts = (0, *CUTS[size])
+        return lambda x: x[cuts[rank] : cuts[rank + 1]]
+
+    answer: dict[str, Any] = {
+        "cases of 3": _all_cases(TorchGroup(), part(3)),
+        "alone": _alone(part(3)),
+        "drawn": _drawn(rank, part(3)),
+    }
+    if rank == 2:
+        answer["outsider"] = _outsider(pair)
+    else:
+        two = TorchGroup(pair)
+        answer["cases of 2"] = _all_cases(two, part(2))
+        answer["refusals"] = _refusals(two, part(2))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    (folder / f"{task}-{rank}").write_bytes(pickle.dumps(answer))
+    (folder / f"answer-{rank}").write_bytes(pickle.dumps(answer))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

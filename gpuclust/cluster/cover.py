@@ -83,14 +83,14 @@ class Cover:
             return torch.tensor([bits.below(self.block.n, 1)[0] for bits in self.bits], device=self.closest.device)
         return self._pick(torch.floor(self.share * 2.0**self._exponent).long()[None], [self.bits], 1)[0]
 
-    def draw(self, count: int, active: Sequence[int]) -> torch.Tensor:
+    def draw(self, count: int, active: Sequence[int], units: torch.Tensor) -> torch.Tensor:
         """So many rows for each active restart, by their distances times weights: int64 (a, count).
 
         With replacement; -1 where no distance is left.
         """
         every = len(active) == len(self.bits)
-        closest, units = (self.closest, self.units()) if every else (self.closest[active], self.units()[active])
-        return self._pick(self.mass(closest, units), [[self.bits[i]] for i in active], count)
+        amounts = self.mass(self.closest, units) if every else self.mass(self.closest[active], units[active])
+        return self._pick(amounts, [[self.bits[i]] for i in active], count)
 
     def _pick(self, amounts: torch.Tensor, bits: Sequence[Sequence[RandomBits]], count: int) -> torch.Tensor:
         """Draw by whole numbers (h, n), ``count`` rows for each of the bits of each h: int64 (h, t)."""

@@ -105,12 +105,15 @@ class Block:
         The number of this process's rows.
     n : int
         The number of rows of all.
+    most : int
+        The largest number of rows of a process.
     """
 
     group: Group
     first: int
     here: int
     n: int
+    most: int
 
     @classmethod
     def of(cls, rows: int, group: Group) -> Block:
@@ -126,12 +129,12 @@ class Block:
             raise InputError(
                 f"process {counts.index(0)} of {group.size} holds no rows: each needs one at least; got {counts}"
             )
-        return cls(group, sum(counts[: group.rank]), rows, sum(counts))
+        return cls(group, sum(counts[: group.rank]), rows, sum(counts), max(counts))
 
     @classmethod
     def alone(cls, rows: int) -> Block:
         """The block of a process that holds all of so many rows."""
-        return cls(OneProcess(), 0, rows, rows)
+        return cls(OneProcess(), 0, rows, rows, rows)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.group.all_reduce(tensor)

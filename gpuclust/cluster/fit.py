@@ -136,7 +136,7 @@ def fit_kmeans(
         moments = Moments.of(source, None if shares is None else shares.lightest, block)
         watch.lap("moments_s")
         budget = memory_limit if memory_limit is not None else _BUDGET_BYTES.get(device.type, 512 << 20)
-        together = max(1, budget // (32 * ((k + 1) * d + max(group.gather(block.here)))))
+        together = max(1, budget // (32 * ((k + 1) * d + block.most)))
         lloyd = Lloyd(
             runner,
             source,

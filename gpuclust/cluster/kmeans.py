@@ -154,7 +154,8 @@ class KMeans(ScikitLearn):
             rows = self._read(X, reset=True)
             own_seed = _seed(self.random_state)
         source, k = rows.source, int(self.n_clusters)
-        n, seed = sum(group.gather(source.shape[0])), group.gather(own_seed)[0]
+        told = group.gather((source.shape[0], own_seed))
+        n, seed = sum(count for count, _ in told), told[0][1]
         with in_all(group):
             if k > n:
                 raise InputError(f"n_samples={n} should be >= n_clusters={k}.")

@@ -58,7 +58,8 @@ def choose_scalable(
     active, passes = list(drawn), 0
     while active:
         cover.refine({i: drawn[i] for i in active}, rows)
-        fresh = {i: new.unique() for i, new in zip(active, cover.draw(OVERSAMPLING * k, active), strict=True)}
+        rounds = zip(active, cover.draw(OVERSAMPLING * k, active, cover.units()), strict=True)
+        fresh = {i: new.unique() for i, new in rounds}
         fresh = {i: new for i, new in fresh.items() if new[0] >= 0}
         if fresh:
             cover.join(fresh, rows)

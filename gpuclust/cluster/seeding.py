@@ -81,18 +81,18 @@ class _PlusPlus:
     def choose(self) -> list[list[int]]:
         cover = self.cover
         every = range(len(cover.bits))
-        chosen = self._add(cover.first()[:, None])
+        chosen = self._add(cover.first()[:, None], cover.units())
         for _ in range(1, self.k):
             cover.refine(dict(zip(every, chosen, strict=True)), cover.image.rows)
-            drawn = cover.draw(self.trials, every)
-            best = self._add(torch.where(drawn < 0, cover.spare, drawn))
+            units = cover.units()
+            drawn = cover.draw(self.trials, every, units)
+            best = self._add(torch.where(drawn < 0, cover.spare, drawn), units)
             chosen = torch.cat([chosen, best], 1)
         return chosen.tolist()
 
-    def _add(self, tried: torch.Tensor) -> torch.Tensor:
+    def _add(self, tried: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         """Of the rows tried (r, t) keep the one that leaves the least potential (ties: the first): int64 (r, 1)."""
         cover, (r, trials) = self.cover, tried.shape
-        units = cover.units()
         kept = cover.closest.new_empty(r, trials, self.source.shape[0]) if self.keeps else None
         potential = torch.zeros(r, trials, dtype=torch.int64, device=tried.device)
         for part, dist2 in self._nearest(tried):
