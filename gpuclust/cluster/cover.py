@@ -137,12 +137,11 @@ class Cover:
         for start, x in self.source.chunks(rows):
             part = slice(start, start + x.shape[0])
             for i, new, image in zip(chosen, values, points, strict=True):
-                least, which = _nearest(x, new) if image is None else self.image.nearest(x, start, image)
                 known = self.closest[i, part]
+                which = _nearest(x, new, known) if image is None else self.image.nearest(x, start, image, known)
                 if self.owner is not None:
-                    which = (which + self._chosen[i]).int()
-                    self.owner[i, part] = torch.where(least < known, which, self.owner[i, part])
-                torch.minimum(known, least, out=known)
+                    owner = self.owner[i, part]
+                    owner.copy_(torch.where(which < 0, owner, which + self._chosen[i]))
         for i, index in chosen.items():
             self._chosen[i] += len(index)
 
@@ -162,11 +161,11 @@ class Cover:
             self.join({i: chosen[i] for i in coarse}, rows)
 
 
-def _nearest(x: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least reference distance of rows (b, d) to points (m, d), and the first that has it: (b,), (b,)."""
-    least, which = reference_dist2(x, points[0]), torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    for place, point in enumerate(points[1:], 1):
+def _nearest(x: torch.Tensor, points: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """What `Image.nearest` does, by reference distances of rows (b, d) to points (m, d)."""
+    which = known.new_full((x.shape[0],), -1, dtype=torch.int64)
+    for place, point in enumerate(points):
         dist2 = reference_dist2(x, point)
-        which.masked_fill_(dist2 < least, place)
-        torch.minimum(least, dist2, out=least)
-    return least, which
+        which.masked_fill_(dist2 < known, place)
+        torch.minimum(known, dist2, out=known)
+    return which
