@@ -7,6 +7,8 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def _cases(size: int) -> dict[str, tuple[torch.Tensor, dict[str, Any], np.ndarra
     for init in ("k-means++", "random", "k-means||"):
         cases[f"{init}, offset"] = (_blobs(torch.float32, 1e4), {"init": init, "n_init": 3}, None)
         cases[f"{init}, a process without weight"] = (_blobs(torch.float32), {"init": init, "n_init": 2}, _weights(100))
-        cases[f"{init}, duplicates"] = (rows("noise", 6, 3).repeat(N // 6, 1), {"init": init}, None)
+        cases[f"{init}, duplicates"] = (rows("noise", 6, 3).repeat(N // 6, 1), {"init": init}, _weights(100))
         cases[f"{init}, tight groups, far row"] = (rows("one far row", N, 3), {"init": init, "n_init": 3}, None)
         cases[f"{init}, little memory"] = (_blobs(torch.float32), {"init": init, "n_init": 2, "memory_limit": 1}, None)
     cases["k-means++, weights"] = (x, {"n_init": 3}, _weights(0))
@@ -83,9 +85,10 @@ def _cases(size: int) -> dict[str, tuple[torch.Tensor, dict[str, Any], np.ndarra
 
 def _fit(x: Any, options: dict[str, Any], weights: Any) -> dict[str, Any]:
     """All that a fit says, as bytes where bits count."""
-    with warnings.catch_warnings(record=True) as told:
+    parameters = {"n_clusters": 9, "random_state": 5, "max_iter": 20, "verbose": 1, **options}
+    with warnings.catch_warnings(record=True) as told, redirect_stdout(StringIO()) as printed:
         warnings.simplefilter("always")
-        model = KMeans(**{"n_clusters": 9, "random_state": 5, "max_iter": 20, **options}).fit(x, sample_weight=weights)
+        model = KMeans(**parameters).fit(x, sample_weight=weights)
     return {
         "labels": model.labels_.tolist(),
         "centers": model.cluster_centers_.numpy().tobytes(),
@@ -95,6 +98,7 @@ def _fit(x: Any, options: dict[str, Any], weights: Any) -> dict[str, Any]:
         "dist2": model.fit_report_.dist2.numpy().tobytes(),
         "score": model.score(x, sample_weight=weights).hex(),
         "warnings": [str(one.message) for one in told],
+        "printed": printed.getvalue(),
     }
 
 
@@ -186,6 +190,7 @@ def test_several_processes_find_the_bits_of_one(size: int, answers: list[dict[st
     for name, (x, options, weights) in _cases(size).items():
         whole = _fit(x, options, weights)
         parts = [answer[f"cases of {size}"][name] for answer in answers[:size]]
+        assert [part["printed"] for part in parts] == [whole["printed"]] + [""] * (size - 1), name
         for part in parts:
             for fact in ("centers", "inertia", "n_iter", "trace", "score", "warnings"):
                 assert part[fact] == whole[fact], (name, fact)

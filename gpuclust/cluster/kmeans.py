@@ -30,7 +30,7 @@ _NOT_YET = {"solver": "dual", "algorithm": "hartigan-wong", "metric": "cosine"}
 
 
 class KMeans(ScikitLearn):
-    """k-means with exact labels and the same bits for any chunk size and number of threads.
+    """k-means with exact labels and the same bits for any chunk size and number of threads or processes.
 
     Parameters and attributes that scikit-learn's KMeans has mean what they mean there.
 
