@@ -12,6 +12,7 @@ import torch
 
 from gpuclust.cluster.arrays import in_place, open_array, refuse_sparse, require_real, require_rows, row_dtype, to_rows
 from gpuclust.cluster.chunks import ChunksSource
+from gpuclust.cluster.distributed import Group, OneProcess, in_all, require_same
 from gpuclust.cluster.host import HostSource
 from gpuclust.cluster.mapped import Mapped
 from gpuclust.cluster.source import ChunkSource, TensorSource
@@ -204,16 +205,27 @@ def find_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def read_weights(weights: Any, source: ChunkSource) -> torch.Tensor | None:
-    """Weights of the rows as float64 (n,) on their device; None where all are the same.
+def read_weights(weights: Any, source: ChunkSource, group: Group | None = None) -> torch.Tensor | None:
+    """Weights of the rows as float64 (n,) on their device; None where all are the same, in all processes.
 
     Raises
     ------
     InputError
-        For a wrong length, NaN, infinity, a negative weight, or none above zero.
+        For a wrong length, NaN, infinity, a negative weight, none above zero in any process, or weights in some alone.
     """
+    group = group or OneProcess()
+    require_same(group, sample_weight="given" if weights is not None else None)
     if weights is None:
         return None
+    with in_all(group):
+        values = _read_weights(weights, source)
+    facts = group.gather((bool((values > 0).any()), bool((values == 1).all())))
+    if not any(positive for positive, _ in facts):
+        raise InputError("sample_weight is zero for every row: at least one needs a weight above zero.")
+    return None if all(ones for _, ones in facts) else values
+
+
+def _read_weights(weights: Any, source: ChunkSource) -> torch.Tensor:
     n = source.shape[0]
     values = weights.detach() if isinstance(weights, torch.Tensor) else torch.as_tensor(np.array(weights, np.float64))
     values = values.to(source.device, torch.float64)
@@ -227,9 +239,7 @@ def read_weights(weights: Any, source: ChunkSource) -> torch.Tensor | None:
         raise InputError("Input sample_weight contains NaN or infinity.")
     if bool((values < 0).any()):
         raise InputError("Negative values in data passed to `sample_weight`: weights are at least 0.")
-    if not bool((values > 0).any()):
-        raise InputError("sample_weight is zero for every row: at least one needs a weight above zero.")
-    return None if bool((values == 1).all()) else values
+    return values
 
 
 def is_whole(value: Any, least: int) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from gpuclust.cluster.backends.base import Backend
-from gpuclust.cluster.distributed import Group
+from gpuclust.cluster.distributed import Block, Group
 from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.sketch import Sketches
@@ -57,7 +57,7 @@ class Work:
 
 
 class Weights:
-    """Weights of the rows, float64 (n,), split so that their sums are exact, too.
+    """Weights of the rows, float64 (n,), split so that their sums are exact, too; unit and grid are of all processes.
 
     Attributes
     ----------
@@ -69,12 +69,14 @@ class Weights:
         The least of them that is above 0.
     """
 
-    def __init__(self, weights: torch.Tensor) -> None:
-        self.unit = power_of_two(weights)
+    def __init__(self, weights: torch.Tensor, block: Block | None = None) -> None:
+        block = block or Block.alone(weights.numel())
+        self.unit = power_of_two(weights, block)
         self.values = values = weights / self.unit
-        lost = bool(((values > 0) != (weights > 0)).any())
-        self.lightest = math.ulp(0.0) if lost else values[values > 0].amin().item()
-        grid = Grid.of(values.amax().reshape(1), values.numel(), torch.float64, self.lightest)
+        # What has weight and lost it in this unit counts as the lightest that there can be.
+        above = torch.where(values > 0, values, math.inf).masked_fill((values == 0) & (weights > 0), math.ulp(0.0))
+        self.lightest = -block.max(-above.amin()).item()
+        grid = Grid.of(block.max(values.amax()).reshape(1), block.n, torch.float64, self.lightest)
         self._parts = [part[:, 0] for part in grid.split(values[:, None])]
 
     def per_cluster(self, labels: torch.Tensor, k: int) -> torch.Tensor:
@@ -254,7 +256,8 @@ class Lloyd:
 
     def _inertia(self, centroids: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
         """T - 2 sum_j (c_j - m) . (S_j - n_j m) + sum_j n_j ||c_j - m||^2, free of any order."""
-        spread = self.moments.spread if self.weights is None else total(self.moments.dist2, self.weights.values)
+        known, weights = self.moments, self.weights
+        spread = known.spread if weights is None else total(known.dist2, weights.values, known.block)
         moved = centroids.double() - self.moments.mean
         cross = (sums.sum(0) - mass[:, None] * self.moments.mean).mul_(moved)
         cross = cross.mul_(-2.0).add_(moved.square_().mul_(mass[:, None]))

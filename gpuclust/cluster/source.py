@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from gpuclust.cluster.backends.base import SLICE
+from gpuclust.cluster.distributed import Block
 from gpuclust.config import environment
 
 # Bytes of scores that are held at a time: what a processor's cache takes, or what keeps a GPU busy.
@@ -76,6 +77,17 @@ class WatchedSource:
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         return self._source.take(index)
+
+
+def take_rows(source: ChunkSource, block: Block, index: torch.Tensor) -> torch.Tensor:
+    """The rows with these numbers (m,) among the rows of all processes, to the bit: (m, d) in every process."""
+    if block.group.size == 1:
+        return source.take(index)
+    here, local = block.place(index)
+    rows = torch.zeros(len(index), source.shape[1], dtype=source.dtype, device=source.device)
+    rows[here] = source.take(local)
+    # One process has the bytes of a row, the others zeros.
+    return block.sum(rows.view(torch.uint8)).view(source.dtype)
 
 
 def block_rows(d: int, device: torch.device) -> int:
