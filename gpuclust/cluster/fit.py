@@ -147,6 +147,7 @@ def fit_kmeans(
             group,
             shares,
             lambda restarts: chunk_rows(restarts * k, d, device, memory_limit),
+            budget,
             max_iter=max_iter,
             tol=tol * moments.spread / (n * d),
             precision=precision,
