@@ -124,9 +124,8 @@ def propose(x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torc
     some = scores[restart, :, row]
     bound = slope[restart, :, 0] * norms[row, None] + margin[restart, :, 0]
     possible = (some - bound > (some + bound).amin(1, keepdim=True)).logical_not_()
-    single = possible.sum(1) == 1
-    labels[restart, row] = possible.byte().argmax(1).to(labels.dtype)
-    which, centroid = possible.logical_and_(~single[:, None]).nonzero(as_tuple=True)
+    # Where one is left it is the one of the least score.
+    which, centroid = possible.logical_and_((possible.sum(1) != 1)[:, None]).nonzero(as_tuple=True)
     return Candidates(row[which], restart[which], centroid)
 
 
