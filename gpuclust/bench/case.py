@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -91,9 +92,9 @@ def make_rows(case: Case, device: torch.device) -> Rows:
     InputError
         If the device lacks the memory for the rows alone.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    if free is not None and case.x_bytes > free:
-        raise InputError(f"{case}: X takes {show_bytes(case.x_bytes)}, and the device has {show_bytes(free)} free")
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_bytes()
+    if case.x_bytes > there:
+        raise InputError(f"{case}: X takes {show_bytes(case.x_bytes)}, and {device} has {show_bytes(there)}")
     generator = torch.Generator(device).manual_seed(case.seed)
     blobs = 2 * case.k + 7
     centres = torch.randn(blobs, case.d, device=device, generator=generator) * (1.5 * case.d**-0.25)
@@ -111,3 +112,7 @@ def make_rows(case: Case, device: torch.device) -> Rows:
         for place in places:
             place.copy_(problem[torch.randperm(case.n, generator=chooser)[: case.k].to(device)])
     return Rows(x, starts)
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -8,7 +8,7 @@ import torch
 
 # Pairs of a row and a centroid, times features, that a check may cost: above it a seeded sample of the rows is checked.
 _BUDGET = {"cuda": 4e12}
-_BUDGET_OTHERWISE = 1e10
+_BUDGET_OTHERWISE = 2e10
 _CHUNK_VALUES = {"cuda": 1 << 26}
 # Distances that differ by less, relatively, are the same but for the rounding of a float64 sum.
 _ROUNDING = 1e-12
