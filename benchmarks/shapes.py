@@ -26,12 +26,7 @@ class Shape:
 # Whole fits with restarts and seeds of their own, beside scikit-learn's: `bench_fit.py`.
 CPU_FITS = (
     Shape("conv3", Case(1000, 64_896, 5, n_init=10), "AlexNet's conv3 (384 x 13 x 13), 1000 images", "5 times, then 8"),
-    Shape(
-        "pool5",
-        Case(5000, 9216, 10, n_init=10),
-        "AlexNet's pooled conv5 (256 x 6 x 6), 5000 images",
-        "2.5 times, then 5",
-    ),
+    Shape("pool5", Case(5000, 9216, 10, n_init=10), "AlexNet's pool5 (256 x 6 x 6), 5000 images", "2.5 times, then 5"),
 )
 # From the same start, so many iterations: `bench_fit.py` and `bench_assign.py`.
 CPU_STEPS = (
@@ -53,6 +48,7 @@ GPU = (
         "flash-kmeans' end to end case: 32 heads of a video model",
     ),
 )
+BY_DEVICE = {"cpu": CPU_STEPS, "cuda": GPU}
 # The same parts at sizes for a test of the command itself; nothing is claimed of them.
 SMALL = (
     Shape("small", Case(2000, 16, 8, iterations=3), "a test of the command"),

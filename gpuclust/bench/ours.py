@@ -31,6 +31,7 @@ class Ours(Peer):
         self.backend, self.solver, self.x_at = backend, solver, x_at
         self.name = f"gpuclust {solver if solver == 'dual' else backend}"
         self.exact = backend not in _FOREIGN
+        self.note = "rows in pageable memory of the host" if x_at == "host" else ""
         self._device: torch.device | None = None
 
     def version(self) -> str:

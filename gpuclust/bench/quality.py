@@ -60,11 +60,11 @@ def examine(x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor, seed
     centroids, labels = centroids.to(device, torch.float64), labels.to(device, torch.int64)
     if labels.shape != (n,):
         raise ValueError(f"labels have the shape {tuple(labels.shape)}, and there are {n} rows")
-    checked = n
-    if n * k * d > _BUDGET.get(device.type, _BUDGET_OTHERWISE):
-        checked = max(1, int(_BUDGET.get(device.type, _BUDGET_OTHERWISE) / (k * d)))
-    chosen = torch.zeros(n, dtype=torch.bool, device=device)
-    chosen[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:checked].to(device)] = True
+    checked = min(n, max(1, int(_BUDGET.get(device.type, _BUDGET_OTHERWISE) / (k * d))))
+    chosen = torch.ones(n, dtype=torch.bool, device=device)
+    if checked < n:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        chosen[order[checked:].to(device)] = False
     inside = (labels >= 0) & (labels < k)
     own = labels.clamp(0, k - 1)
     mean = centroids.mean(0)

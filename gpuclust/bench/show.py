@@ -12,7 +12,8 @@ _HEAD = ("op", "what", "X", "time", "p20 to p80", "rows/s", "ratio", "of limit",
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The lines of a table of measured rows, then one line for each reason why a row has no time."""
-    table = [_HEAD, *(_cells(row) for row in rows if "time_s" in row)]
+    compared = {str(row["beside"]) for row in rows if row.get("beside")}
+    table = [_HEAD, *(_cells(row, compared) for row in rows if "time_s" in row)]
     widths = [max(len(cells[column]) for cells in table) for column in range(len(_HEAD))]
     op = None
     for cells in table:
@@ -24,7 +25,6 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             for column, (text, width) in enumerate(zip(cells, widths, strict=True))
         )
         yield "  ".join(shown).rstrip()
-    compared = {str(row["beside"]) for row in rows if row.get("beside")}
     if compared:
         yield f"ratio: time over that of {' or '.join(sorted(compared))} in the same round (above 1: it takes longer)"
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -39,7 +39,7 @@ def _who(row: Mapping[str, Any]) -> str:
     return f"{row['what']} {row['version']}" if row.get("version") else str(row["what"])
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(row: Mapping[str, Any], compared: set[str]) -> tuple[str, ...]:
     wrong = ""
     if row.get("checked_rows"):
         wrong = f"{row['wrong_labels']:,} of {row['checked_rows']:,}"
@@ -53,7 +53,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         _time(row["time_s"]),
         f"{_time(row['time_p20_s'])} to {_time(row['time_p80_s'])}",
         f"{passed / row['time_s']:.3g}",
-        f"{row['ratio']:.2f}" if "ratio" in row else "1",
+        f"{row['ratio']:.2f}" if "ratio" in row else "1" if row["what"] in compared else "",
         f"{row['limit_share']:.1%}" if "limit_share" in row else "",
         wrong,
         f"{row['inertia']:.7g}" if "inertia" in row else "",
