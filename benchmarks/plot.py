@@ -57,7 +57,7 @@ def draw(shapes: dict[str, list[Row]], op: str, out: Path) -> None:
         limits = [float(row["limit_s"]) * 1e3 for row in rows if row["limit_s"]]
         if limits:
             axis.axvline(min(limits), color="#c53030", linewidth=1, label="limit of this run's ceilings")
-            axis.legend(fontsize=7, loc="lower right")
+            axis.legend(fontsize=7, loc="upper right")
         names = [f"{row['what']} {row['version']}".strip() + f" ({row['x_at']})" * bool(row["x_at"]) for row in rows]
         axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.set_title(title, fontsize=9, loc="left")

@@ -24,21 +24,18 @@ class ScikitLearn(Peer):
     def fit(self, rows: Stored, starts: torch.Tensor, iterations: int) -> Work:
         from sklearn.cluster import KMeans
 
-        arrays = starts.cpu().numpy()
-        x, k = rows.array, starts.shape[1]
+        x = rows.array
 
-        def call() -> Any:
-            given = iter(arrays)
-            restarts = {"init": arrays[0], "n_init": 1}
-            if len(arrays) > 1:
-                restarts = {"init": lambda *_, **__: next(given), "n_init": len(arrays)}
-            return KMeans(k, max_iter=iterations, tol=0, **restarts).fit(x)
+        def one(start: torch.Tensor) -> Any:
+            # A callable would serve several restarts in one fit, but is given, and must answer in, centred rows.
+            return KMeans(len(start), init=start.numpy(), n_init=1, max_iter=iterations, tol=0).fit(x)
 
-        return Work(
-            call,
-            lambda model: [
-                Found(torch.from_numpy(model.cluster_centers_), torch.from_numpy(model.labels_), model.n_iter_)
-            ],
+        return each(
+            one,
+            starts.cpu(),
+            lambda model: Found(
+                torch.from_numpy(model.cluster_centers_), torch.from_numpy(model.labels_), model.n_iter_
+            ),
         )
 
     def assign(self, rows: Stored, start: torch.Tensor) -> Work:
