@@ -59,8 +59,12 @@ def parts(out: Path, device: str) -> Iterator[Part]:
     small = ("--small",) if device == "cpu" else ()
     # Peers of the CPU would take minutes at these shapes.
     peers = ("--peers", "torch,faiss-gpu,flash-kmeans,flashlib,fastkmeans,cuml") if device == "cuda" else ()
-    yield Part("rows", ("benchmarks/measure.py", *rows, *small, *peers), 210, 90 if device == "cuda" else 40)
-    yield Part("demo", ("-m", "gpuclust", "demo", "--device", device, "--force", "--out", str(out / "demo")), 40)
+    yield Part("rows", ("benchmarks/measure.py", *rows, *small, *peers), 205, 95 if device == "cuda" else 120)
+    yield Part(
+        "demo",
+        ("-m", "gpuclust", "demo", "--device", device, "--force", "--out", str(out / "demo")),
+        45 if device == "cuda" else 120,
+    )
     if device == "cuda":
         suites = ("benchmarks/bench_fit.py", "benchmarks/bench_pipeline.py", "-k", "cuda")
         yield Part("benchmarks", (*pytest, *suites, "--rows", str(out / "rows.csv")), 50)
