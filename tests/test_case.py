@@ -62,3 +62,12 @@ def test_rows_still_move_after_ten_iterations(d):
 def test_rows_that_no_memory_holds_are_refused():
     with pytest.raises(InputError, match=r"X takes 4\d* TB, and cpu has"):
         make_rows(Case(1_000_000_000, 1000, 2), CPU)
+
+
+def test_memory_that_runs_out_is_said(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(InputError, match="cpu has no memory for the rows"):
+        make_rows(Case(10, 2, 2), CPU)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gpuclust.config import DTYPES, show_bytes
-from gpuclust.errors import InputError
+from gpuclust.errors import InputError, first_line, is_out_of_memory
 
 DATA = "relu of gaussian blobs"
 _CHUNK_VALUES = 1 << 24
@@ -90,11 +90,20 @@ def make_rows(case: Case, device: torch.device) -> Rows:
     Raises
     ------
     InputError
-        If the device lacks the memory for the rows alone.
+        If the device lacks the memory for the rows.
     """
     there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_bytes()
     if case.x_bytes > there:
         raise InputError(f"{case}: X takes {show_bytes(case.x_bytes)}, and {device} has {show_bytes(there)}")
+    try:
+        return _make(case, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"{case}: {device} has no memory for the rows ({first_line(error)})") from error
+
+
+def _make(case: Case, device: torch.device) -> Rows:
     generator = torch.Generator(device).manual_seed(case.seed)
     blobs = 2 * case.k + 7
     centres = torch.randn(blobs, case.d, device=device, generator=generator) * (1.5 * case.d**-0.25)

@@ -75,7 +75,7 @@ class Peer:
     exact : bool
         Whether a wrong label is a fault.
     torch_memory : bool
-        Whether torch allocates what it uses on a GPU.
+        Whether it uses a GPU through torch: torch's allocator and torch's current stream.
     """
 
     name = ""

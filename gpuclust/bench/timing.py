@@ -33,9 +33,10 @@ class Clock:
             self._flush = torch.empty(max(_FLUSHED_BYTES, 2 * cache_bytes), dtype=torch.uint8, device=device)
 
     def time(self, call: Call) -> float:
-        """Seconds that ``call`` takes, to the end of everything that it started on the device.
+        """Seconds that ``call`` takes, to the end of everything that it started on torch's stream.
 
-        What it returns is freed before the next call: none pays for another's memory.
+        A call whose attribute ``own_streams`` is true works on others, too: the time is then to the end of everything
+        on the device. What a call returns is freed before the next: none pays for another's memory.
         """
         if self._flush is None:
             started = time.perf_counter()
@@ -46,8 +47,8 @@ class Clock:
         torch.cuda.synchronize(self.device)
         start.record()
         call()
-        # A library may work on streams of its own, which the event below would not wait for.
-        torch.cuda.synchronize(self.device)
+        if getattr(call, "own_streams", False):
+            torch.cuda.synchronize(self.device)
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
@@ -56,8 +57,8 @@ class Clock:
 class Kept:
     """A call whose result is kept as ``result``."""
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self, call: Call, own_streams: bool = False) -> None:
+        self._call, self.own_streams = call, own_streams
         self.result: Any = None
 
     def __call__(self) -> None:
@@ -67,8 +68,8 @@ class Kept:
 class Guarded:
     """A call that keeps its first error as ``error`` and does nothing from then on: the others are still measured."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, own_streams: bool = False) -> None:
+        self.call, self.own_streams = call, own_streams
         self.error: str | None = None
 
     def __call__(self) -> None:
