@@ -62,6 +62,7 @@ class Bench:
         """Measure ``ops`` of one case; see `gpuclust.bench.peers.OPS`."""
         self._case, self._title = case, title or str(case)
         self._clock = Clock(self.device)
+        self._nearest: torch.Tensor | None = None
         self._rows = make_rows(case, self.device)
         self._stored = [Stored(x) for x in self._rows.x]
         able: list[Peer] = []
@@ -159,7 +160,9 @@ class Bench:
         return None if known is None else [_one_after_another(known)]
 
     def _labels(self) -> torch.Tensor:
-        return nearest_labels(self._rows.x[0], self._rows.starts[0, 0])
+        if self._nearest is None:
+            self._nearest = nearest_labels(self._rows.x[0], self._rows.starts[0, 0])
+        return self._nearest
 
     def _judge(self, op: str, entry: _Entry, found: list[list[Found]]) -> None:
         x, start, seed = self._rows.x, self._rows.starts[0, 0], self._case.seed
