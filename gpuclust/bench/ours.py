@@ -8,7 +8,7 @@ import torch
 
 from gpuclust.arithmetic import full_precision
 from gpuclust.bench.case import Case
-from gpuclust.bench.peers import Found, Peer, Stored, Work
+from gpuclust.bench.peers import OPS, Found, Peer, Stored, Work
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose, survey
 from gpuclust.cluster.backends.base import Problem
@@ -31,6 +31,8 @@ class Ours(Peer):
         self.backend, self.solver, self.x_at = backend, solver, x_at
         self.name = f"gpuclust {solver if solver == 'dual' else backend}"
         self.exact = backend not in _FOREIGN
+        # Of rows on the host, and of another solver, the steps are those of the first.
+        self.ops = ("iteration", "fit") if solver == "dual" else ("assign", "fit") if x_at == "host" else OPS
         self.note = "rows in pageable memory of the host" if x_at == "host" else ""
         self._device: torch.device | None = None
 
@@ -76,7 +78,7 @@ class Ours(Peer):
         return Work(lambda: model.predict(x), lambda labels: [Found(labels=labels)])
 
     def update(self, rows: Stored, labels: torch.Tensor, start: torch.Tensor) -> Work | None:
-        if self.x_at == "host" or self.solver == "dual" or not self.exact:
+        if not self.exact:
             return None
         (n, d), k, device = rows.x.shape, len(start), rows.x.device
         source = TensorSource(rows.x)
@@ -98,7 +100,7 @@ class Ours(Peer):
         return Work(call, lambda centroids: [Found(centroids)])
 
     def seed(self, rows: Stored, k: int, seed: int) -> Work | None:
-        if self.x_at == "host" or self.solver == "dual" or not self.exact:
+        if not self.exact:
             return None
         source, device = TensorSource(rows.x), rows.x.device
         with full_precision(device):

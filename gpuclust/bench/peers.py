@@ -74,6 +74,8 @@ class Peer:
         What a reader of its rows must know.
     exact : bool
         Whether a wrong label is a fault.
+    ops : tuple of str
+        What it takes part in.
     torch_memory : bool
         Whether it uses a GPU through torch: torch's allocator and torch's current stream.
     """
@@ -84,6 +86,7 @@ class Peer:
     x_at = "device"
     note = ""
     exact = False
+    ops: tuple[str, ...] = OPS
     torch_memory = True
 
     def unavailable(self, device: torch.device) -> str | None:

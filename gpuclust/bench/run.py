@@ -79,7 +79,7 @@ class Bench:
 
     def _measure(self, op: str, peers: Sequence[Peer]) -> None:
         entries = []
-        for peer in peers:
+        for peer in (peer for peer in peers if op in peer.ops):
             if monotonic() > self.deadline_s:
                 self._missing(peer, op, "no time was left")
                 continue
