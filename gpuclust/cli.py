@@ -266,7 +266,7 @@ def cluster(
     n, d = len(fit.labels), fit.centroids.shape[1]
     typer.echo(
         f"n {n}  d {d}  k {clusters}  inertia {fit.inertia:.10g}  iterations {fit.n_iter}  seconds {seconds:.3f}  "
-        f"re-checked {fit.recheck_share:.4%}  backend {fit.backend}\nlabels: {target}"
+        f"re-checked {fit.recheck_share:.4%}  backend {fit.backend}\nrows: {fit.rows}\nlabels: {target}"
     )
 
 

@@ -169,7 +169,7 @@ def _host() -> dict[str, Any]:
     if not _torch_problem():
         import torch
 
-        from gpuclust.capture.memory import free_bytes
+        from gpuclust.free import free_bytes
 
         free = free_bytes(torch.device("cpu"))
     affinity = getattr(os, "sched_getaffinity", None)

@@ -20,7 +20,7 @@ from gpuclust import __version__
 from gpuclust.arithmetic import seeded
 from gpuclust.capture.images import ImageSource, open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
-from gpuclust.capture.memory import MemoryPlan, free_bytes, make_plan
+from gpuclust.capture.memory import MemoryPlan, make_plan
 from gpuclust.capture.models import Network, load_network, with_usual_transform
 from gpuclust.capture.trace import unwrap
 from gpuclust.cluster import KMeans
@@ -30,6 +30,7 @@ from gpuclust.cluster.inputs import find_device
 from gpuclust.config import Options, command_line, environment
 from gpuclust.doctor import hardware, versions
 from gpuclust.errors import InputError, MemoryLimitError, first_line, is_out_of_memory, users_code
+from gpuclust.free import free_bytes
 
 # Images of one forward pass. A network's rounding depends on it, so it is part of the result: memory never changes it.
 BATCH_SIZE = {"cpu": 32, "cuda": 128}

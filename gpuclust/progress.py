@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -18,7 +18,7 @@ _REFRESH_S = 0.1
 
 
 class Progress:
-    """Images per second and time left while the images pass, then which layer is being clustered.
+    """Images per second and time left while the images pass, then which layer is being clustered; or k-means' passes.
 
     It draws when it is told something, not from a thread of its own, so that worker processes can be forked at any
     time.
@@ -59,10 +59,23 @@ class Progress:
             yield batch
             count += len(batch)
             self._bar.update(task, completed=count)
-            if time.monotonic() > self._drawn + _REFRESH_S:
-                self._bar.refresh()
-                self._drawn = time.monotonic()
+            self._draw()
         self._bar.update(task, total=count)
+
+    def passes(self, n: int) -> Callable[[int, int], None]:
+        """What hears of each chunk of ``n`` rows that are read again and again: its first row, and how many it has."""
+        task = self._bar.add_task("reading rows", total=n, unit="rows/s")
+        count = 0
+
+        def tell(start: int, rows: int) -> None:
+            nonlocal count
+            if start == 0:
+                count += 1
+                self._bar.reset(task, description=f"pass {count} over the rows")
+            self._bar.update(task, completed=start + rows)
+            self._draw()
+
+        return tell
 
     def layer(self, name: str, index: int, count: int) -> None:
         """The layer of this index, of ``count``, is being clustered."""
@@ -71,8 +84,15 @@ class Progress:
         self._bar.update(self._layers, description=f"layer {index + 1} of {count}: {name}", completed=index)
         self._bar.refresh()
 
+    def _draw(self) -> None:
+        if time.monotonic() > self._drawn + _REFRESH_S:
+            self._bar.refresh()
+            self._drawn = time.monotonic()
+
 
 class _Speed(rich.progress.ProgressColumn):
     def render(self, task: rich.progress.Task) -> Text:
         speed, unit = task.finished_speed or task.speed, task.fields.get("unit")
-        return Text(f"{speed:.1f} {unit}" if speed and unit else "")
+        if not (speed and unit):
+            return Text("")
+        return Text(f"{speed:,.0f} {unit}" if unit == "rows/s" else f"{speed:.1f} {unit}")

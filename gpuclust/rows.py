@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +11,36 @@ import numpy as np
 
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.fit import Fit
+from gpuclust.cluster.inputs import read_rows
+from gpuclust.cluster.source import WatchedSource
 from gpuclust.config import environment
-from gpuclust.errors import GpuclustError, InputError
+from gpuclust.errors import GpuclustError, InputError, MemoryLimitError, first_line, is_out_of_memory
 from gpuclust.files import write
-from gpuclust.prepare import in_memory
+from gpuclust.progress import Progress
 
 
 def cluster_file(file: Path, out: Path, clusters: int, *, force: bool = False, **parameters: Any) -> tuple[Fit, float]:
     """Cluster the rows of a .npy file and write their labels (int32 .npy); the fit, and the seconds it took.
 
+    A terminal shows the passes over the rows.
+
     Parameters
     ----------
     file : path
-        Rows (n, d) as `numpy.save` writes them; read as they are needed.
+        Rows (n, d) as `numpy.save` writes them; memory-mapped, and streamed if they are more than there is room for.
     out : path
         Where the labels go; written whole or not at all.
     force : bool
         Whether ``out`` may be overwritten.
     **parameters
-        Of `gpuclust.KMeans`.
+        Of `gpuclust.KMeans`. Where no memory limit is given, that of the environment counts.
 
     Raises
     ------
     InputError
         If the file is not there or is no array of numbers, if ``out`` is there, or for what KMeans refuses.
+    MemoryLimitError
+        If memory runs out.
     """
     if out.exists() and not force:
         raise InputError(f"{str(out)!r} is there already: --force overwrites it, --out takes another name")
@@ -49,9 +56,20 @@ def cluster_file(file: Path, out: Path, clusters: int, *, force: bool = False, *
         raise InputError(f"{str(file)!r} holds several arrays (.npz); a .npy file with one is needed")
     if parameters.get("device") == "auto":
         parameters["device"] = environment().device or "auto"
+    if parameters.get("memory_limit") is None:
+        parameters["memory_limit"] = environment().memory_limit
     started = time.perf_counter()
-    with in_memory():
-        fit = KMeans(clusters, **parameters).fit(x).fit_report_
+    try:
+        with Progress() as bar:
+            rows = read_rows(x, parameters.get("device"), memory_limit=parameters["memory_limit"])
+            watched = replace(rows, source=WatchedSource(rows.source, bar.passes(rows.source.shape[0])))
+            fit = KMeans(clusters, **parameters).fit(watched).fit_report_
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryLimitError(
+            f"memory ran out: {first_line(error)}; give a --memory-limit below what is free, or fewer --clusters"
+        ) from error
     seconds = time.perf_counter() - started
     labels = fit.labels.cpu().numpy()
 

@@ -297,10 +297,12 @@ def test_cluster_writes_the_labels_of_a_file(here: Path, capsys: pytest.CaptureF
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, expected.labels_)
     assert f"inertia {expected.inertia_:.10g}" in shown
-    assert shown.endswith("labels: X.labels.npy\n")
+    assert shown.endswith("rows: in a mapped file\nlabels: X.labels.npy\n")
     assert run_command(["cluster", "X.npy", "--clusters", "4"]) == 2
     assert "is there already: --force overwrites it" in capsys.readouterr().err
-    assert run_command(["cluster", "X.npy", "--clusters", "4", "--force", "--out", "X.labels.npy"]) == 0
+    capsys.readouterr()
+    assert run_command(["cluster", "X.npy", "--clusters", "4", "--force", "--memory-limit", "4kB"]) == 0
+    assert "rows: streamed from a mapped file: 6 kB, and there is room for 3 kB\n" in capsys.readouterr().out
 
 
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:

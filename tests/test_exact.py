@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gpuclust.cluster import exact
 from gpuclust.cluster.backends.torch import TorchBackend
-from gpuclust.cluster.exact import Frame, assign_exactly
+from gpuclust.cluster.exact import Frame
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.predict import nearest
 from gpuclust.cluster.source import TensorSource
@@ -30,16 +30,13 @@ def assign(x: torch.Tensor, centroids: torch.Tensor, frame: Frame | None = None)
     frame = moments.frame if frame is None else frame
     labels = torch.full((len(centroids), len(x)), -1, dtype=torch.int32)
     operand = frame.operand(centroids, x.dtype)
-    checked = assign_exactly(TorchBackend(), x, frame.norms(moments.dist2), centroids, operand, labels)
-    return labels, checked / labels.numel()
+    checked = TorchBackend().assign(x, frame.norms(moments.dist2), operand, labels, "exact")
+    return labels, checked.item() / labels.numel()
 
 
-def seen_as(converted: bool, x: torch.Tensor) -> Frame:
-    """The frame of the rows, converted or not whatever their offset."""
-    frame = Moments.of(TensorSource(x)).frame
-    if not converted:
-        return replace(frame, converted=False, scale=1.0)
-    return replace(frame, converted=True, scale=2.0 ** -math.frexp(x.abs().amax().item())[1])
+def seen_as(stored: bool, x: torch.Tensor) -> Frame:
+    """The frame of the rows, read as stored or converted whatever their offset."""
+    return replace(Moments.of(TensorSource(x)).frame, stored=stored)
 
 
 # ---- the reference distance
@@ -93,7 +90,7 @@ def shaken(centroids: np.ndarray, rng: np.random.RandomState, dtype: type) -> np
     scale=st.integers(-140, 100),
     offset=st.sampled_from([0.0, 1.0, 30.0, 1e4, -1e7]),
     close=st.sampled_from(["far", "a last place", "mirrored", "rows", "repeated"]),
-    converted=st.sampled_from([None, True, False]),
+    stored=st.sampled_from([None, True, False]),
     seed=st.integers(0, 2**31 - 1),
 )
 def test_no_row_is_certified_for_a_centroid_that_is_not_its_nearest(
@@ -104,7 +101,7 @@ def test_no_row_is_certified_for_a_centroid_that_is_not_its_nearest(
     scale: int,
     offset: float,
     close: str,
-    converted: bool | None,
+    stored: bool | None,
     seed: int,
 ) -> None:
     rng = np.random.RandomState(seed)
@@ -127,8 +124,8 @@ def test_no_row_is_certified_for_a_centroid_that_is_not_its_nearest(
     elif close == "repeated":
         centres = np.repeat(centres, 2, axis=0)[rng.permutation(2 * k)]
     centroids = torch.from_numpy(centres)[None]
-    unconvertible = dtype == torch.float32 and 2.0**-20 <= x.abs().amax() <= 2.0**40
-    frame = None if converted is None or not unconvertible else seen_as(converted, x)
+    storable = dtype == torch.float32 and 2.0**-20 <= x.abs().amax() <= 2.0**40
+    frame = None if stored is None or not storable else seen_as(stored, x)
     labels, _ = assign(x, centroids, frame)
     assert mislabelled(labels[0], x, centroids[0]) == 0
     found = nearest(TensorSource(x), centroids[0], TorchBackend())
@@ -155,12 +152,12 @@ def test_centroids_of_quite_another_size_than_the_rows_are_no_escape(
     assert mislabelled(assign(x, centroids[None])[0][0], x, centroids) == 0
 
 
-@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("d", [1, 3, 1025])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 @pytest.mark.parametrize("far", [0.0, 1.0, 1e4])
 def test_rows_on_the_border_between_two_centroids_are_decided_to_the_last_place(
-    d: int, converted: bool, offset: float, far: float
+    d: int, stored: bool, offset: float, far: float
 ) -> None:
     rng = np.random.RandomState(d)
     for _ in range(10):
@@ -173,10 +170,10 @@ def test_rows_on_the_border_between_two_centroids_are_decided_to_the_last_place(
             at = rng.randint(d, size=3)
             row[at] = np.nextafter(row[at], np.float32(rng.choice([-np.inf, np.inf])))
         rows_, centroids = torch.from_numpy(x), torch.from_numpy(ends)
-        labels, share = assign(rows_, centroids[None], seen_as(converted, rows_))
+        labels, share = assign(rows_, centroids[None], seen_as(stored, rows_))
         assert mislabelled(labels[0], rows_, centroids) == 0
         # Rows far from zero are rounded more coarsely than the pass computes once their offset is taken away.
-        assert share >= 0.4 or (converted and offset)
+        assert share >= 0.4 or (not stored and offset)
 
 
 def test_restarts_are_assigned_apart_and_ties_go_to_the_lowest_index() -> None:
@@ -225,7 +222,7 @@ def test_what_is_not_a_number_certifies_nothing_wrong(field: str, value: float, 
     spoiled[2] = value
     labels, norms = torch.empty(1, 50, dtype=torch.int32), moments.frame.norms(moments.dist2)
     operand = replace(operand, **{field: spoiled})
-    checked = assign_exactly(TorchBackend(), x, norms, centroids, operand, labels)
+    checked = TorchBackend().assign(x, norms, operand, labels, "exact")
     assert mislabelled(labels[0], x, x[:4]) == 0
     assert checked == 50 or not all_possible
 
@@ -242,9 +239,7 @@ def test_fast_differs_only_where_distances_agree_within_rounding() -> None:
     moments = Moments.of(TensorSource(x))
     operand = moments.frame.operand(x[None, :25], x.dtype)
     labels = torch.empty(1, 2000, dtype=torch.int32)
-    checked = assign_exactly(
-        TorchBackend(), x, moments.frame.norms(moments.dist2), x[None, :25], operand, labels, "fast"
-    )
+    checked = TorchBackend().assign(x, moments.frame.norms(moments.dist2), operand, labels, "fast")
     assert checked == 0
     dist2 = reference_dist2(x, x[:25])
     excess = dist2[np.arange(2000), labels[0].numpy()] - dist2.min(1)

@@ -22,7 +22,7 @@ class Uneven:
     """A source that is no tensor: its chunks are copies, and smaller than was asked for."""
 
     def __init__(self, x: torch.Tensor) -> None:
-        self._x, self.shape, self.dtype, self.device = x, tuple(x.shape), x.dtype, x.device
+        self._x, self.shape, self.dtype, self.device, self.resident = x, tuple(x.shape), x.dtype, x.device, True
 
     def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
         for start in range(0, len(self._x), max(1, min(rows, 97))):

@@ -16,7 +16,8 @@ from cases_cluster import blobs
 from sklearn.cluster import KMeans as Peer
 
 from gpuclust import KMeans
-from gpuclust.cluster.inputs import find_device, is_real, is_whole, read_array, read_rows, read_weights
+from gpuclust.cluster.arrays import read_array
+from gpuclust.cluster.inputs import find_device, is_real, is_whole, read_rows, read_weights
 from gpuclust.cluster.source import TensorSource
 from gpuclust.errors import InputError, UnavailableError
 

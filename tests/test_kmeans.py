@@ -174,7 +174,7 @@ def test_n_init_auto_is_one_for_plus_plus_and_arrays_and_ten_for_random_and_call
         seen.append(x.shape)
         return x[random_state.permutation(len(x))[:k]]
 
-    for init, restarts in (("k-means++", 1), (x[:4], 1), ("random", 10), (choose, 10)):
+    for init, restarts in (("k-means++", 1), ("k-means||", 1), (x[:4], 1), ("random", 10), (choose, 10)):
         KMeans(4, init=init, random_state=0, verbose=1).fit(x)
         assert len(capsys.readouterr().out.splitlines()) == restarts
     assert seen == [(60, 3)] * 10

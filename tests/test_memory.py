@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from gpuclust.capture import memory
 from gpuclust.capture.layers import Layer
-from gpuclust.capture.memory import MemoryPlan, free_bytes, make_plan
+from gpuclust.capture.memory import MemoryPlan, make_plan
 from gpuclust.errors import MemoryLimitError
 
 WIDTHS = {
@@ -92,44 +90,3 @@ def test_the_table_is_printable():
     assert "193,600" in text
     assert text.splitlines()[-1] == "it does not fit"
     assert len({len(line) for line in text.splitlines()[:-1]}) == 1
-
-
-def test_free_memory_of_this_machine():
-    free = free_bytes(torch.device("cpu"))
-    assert 10**8 < free < 10**14
-
-
-def test_meminfo(tmp_path: Path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  100 kB\nMemFree:  10 kB\nMemAvailable:   42 kB\n")
-    assert memory._available(meminfo) == 42 * 1024
-    assert memory._available(tmp_path / "absent") > 10**8
-
-
-def group(folder: Path, names: tuple[str, str], limit: str, usage: int, stat: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in zip((*names, "memory.stat"), (limit, str(usage), stat), strict=True):
-        (folder / name).write_text(f"{text}\n")
-
-
-def test_control_group_version_2_takes_the_tightest_of_the_ancestors(tmp_path: Path):
-    (tmp_path / "self").write_text("0::/outer/inner\n")
-    names = ("memory.max", "memory.current")
-    group(tmp_path / "outer/inner", names, "max", 50, "inactive_file 5")
-    group(tmp_path / "outer", names, "1000", 300, "anon 1\ninactive_file 100")
-    assert memory._group_free(tmp_path / "self", tmp_path) == 800
-    group(tmp_path / "outer/inner", names, "200", 50, "inactive_file 5")
-    assert memory._group_free(tmp_path / "self", tmp_path) == 155
-
-
-def test_control_group_version_1_and_a_containers_own_root(tmp_path: Path):
-    (tmp_path / "self").write_text("9:cpu:/\n4:memory:/docker/name\n")
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    group(tmp_path / "memory", names, "1000", 400, "total_inactive_file 50")
-    assert memory._group_free(tmp_path / "self", tmp_path) == 650
-
-
-def test_no_control_group_is_no_limit(tmp_path: Path):
-    assert memory._group_free(tmp_path / "absent", tmp_path) is None
-    (tmp_path / "self").write_text("0::/\n")
-    assert memory._group_free(tmp_path / "self", tmp_path) is None

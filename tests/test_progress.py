@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from gpuclust.capture.images import Batch
 from gpuclust.progress import Progress
+from gpuclust.rows import cluster_file
 
 
 def batches(count: int, size: int = 4) -> list[Batch]:
@@ -59,6 +61,25 @@ def test_a_terminal_shows_images_per_second_and_the_layer(monkeypatch: pytest.Mo
     assert re.search(r"images .*12/12 +[\d.]+ images/s", words(shown))
     assert "layer 2 of 2: [red]fc2" in words(shown)
     assert re.search(r"layers .*2/2", words(shown))
+
+
+def test_a_terminal_shows_the_passes_over_the_rows_and_their_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpuclust.progress._REFRESH_S", -1.0)
+    with terminal(monkeypatch) as shown, Progress() as bar:
+        tell = bar.passes(3000)
+        for _ in range(3):
+            for start in range(0, 3000, 1000):
+                tell(start, 1000)
+    assert re.search(r"pass 1 over the rows .*1000/3000 ", words(shown))
+    assert re.search(r"pass 2 over the rows .*2000/3000 +[\d,]+ rows/s", words(shown))
+    assert re.search(r"pass 3 over the rows .*3000/3000 +[\d,]+ rows/s", words(shown))
+
+
+def test_clustering_a_file_shows_its_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.RandomState(0).randn(300, 4))
+    with terminal(monkeypatch) as shown:
+        cluster_file(tmp_path / "x.npy", tmp_path / "labels.npy", 3, random_state=0)
+    assert re.search(r"pass \d+ over the rows .*300/300", words(shown))
 
 
 def test_fewer_images_than_planned_end_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +45,12 @@ def test_what_is_no_file_of_rows(tmp_path: Path, x: np.ndarray) -> None:
     (tmp_path / "empty.npy").write_bytes(b"")
     np.save(tmp_path / "x.npy", x)
     (tmp_path / "cut.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:300])
+    np.save(tmp_path / "none.npy", x[:0])
+    np.save(tmp_path / "narrow.npy", x[:, :0])
+    np.save(tmp_path / "deep.npy", x.reshape(20, 10, 7))
+    np.save(tmp_path / "complex.npy", x * 1j)
+    np.save(tmp_path / "dates.npy", np.zeros((4, 2), "M8[D]"))
+    np.save(tmp_path / "nan.npy", np.where(np.arange(200)[:, None] == 7, np.nan, x))
     for name, message in (
         ("gone.npy", "there is no file"),
         ("several.npz", "holds several arrays"),
@@ -49,6 +59,12 @@ def test_what_is_no_file_of_rows(tmp_path: Path, x: np.ndarray) -> None:
         ("empty.npy", "is not a .npy file of numbers"),
         ("cut.npy", "is not a .npy file of numbers"),
         ("flat.npy", "Expected 2D array, got 1D array"),
+        ("none.npy", r"(0 sample\(s\)|is not a .npy file of numbers)"),
+        ("narrow.npy", r"(0 feature\(s\)|is not a .npy file of numbers)"),
+        ("deep.npy", "Expected 2D array, got 3D array"),
+        ("complex.npy", "Complex data not supported"),
+        ("dates.npy", "must hold numbers"),
+        ("nan.npy", "NaN: nan in row 7, column 0"),
     ):
         with pytest.raises(InputError, match=message):
             cluster_file(tmp_path / name, out, 2)
@@ -88,3 +104,60 @@ def test_the_device_of_the_environment_counts_for_auto(
     with pytest.raises(InputError, match="cuda:97"):
         cluster_file(tmp_path / "x.npy", tmp_path / "labels.npy", 2, device="auto")
     cluster_file(tmp_path / "x.npy", tmp_path / "labels.npy", 2, device="cpu")
+
+
+def test_the_memory_limit_of_the_environment_counts_where_none_is_given(
+    tmp_path: Path, x: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "x.npy", x)
+    monkeypatch.setenv("GPUCLUST_MEMORY_LIMIT", "8kB")
+    assert cluster_file(tmp_path / "x.npy", tmp_path / "one.npy", 2, random_state=0)[0].rows == (
+        "streamed from a mapped file: 11.2 kB, and there is room for 6 kB"
+    )
+    fit, _ = cluster_file(tmp_path / "x.npy", tmp_path / "two.npy", 2, random_state=0, memory_limit=10**6)
+    assert fit.rows == "in a mapped file"
+    np.testing.assert_array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy"))
+
+
+FLAT = """
+import json, sys
+from pathlib import Path
+from gpuclust.rows import cluster_file
+
+def peak_bytes():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+def cluster(name):
+    files = Path(f"{name}.npy"), Path(f"{name}.labels.npy")
+    fit, _ = cluster_file(*files, 2, max_iter=1, random_state=0, device="cpu", memory_limit=16 << 20)
+    return fit.rows
+
+cluster("small")
+before = peak_bytes()
+how = cluster("large")
+print(json.dumps([peak_bytes() - before, how]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("kind", ["f4", ">f4", "columns first"])
+def test_a_file_of_many_times_the_memory_limit_takes_no_more_than_the_limit(tmp_path: Path, kind: str) -> None:
+    rows = np.random.default_rng(0).standard_normal((2200, 8000), dtype=np.float32)
+    rows = np.asfortranarray(rows) if kind == "columns first" else rows.astype(kind)
+    np.save(tmp_path / "large.npy", rows)
+    np.save(tmp_path / "small.npy", rows[:200])
+    size = rows.nbytes
+    shown = subprocess.run(
+        [sys.executable, "-c", FLAT],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    grown, how = json.loads(shown.stdout)
+    assert how.startswith("streamed from a mapped file")
+    assert grown < 16 << 20 < size / 4
+    expected = KMeans(2, max_iter=1, random_state=0).fit(rows)
+    np.testing.assert_array_equal(np.load(tmp_path / "large.labels.npy"), expected.labels_)

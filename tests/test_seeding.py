@@ -11,9 +11,11 @@ import torch
 from cases_cluster import blobs, reference_dist2, rows
 from scipy.stats import chisquare
 
-from gpuclust.cluster import seeding
+from gpuclust.cluster import image
+from gpuclust.cluster.distributed import Block
+from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.seeding import RandomBits, choose_plus_plus, choose_random
+from gpuclust.cluster.seeding import choose_plus_plus, choose_random
 from gpuclust.cluster.source import TensorSource
 
 BUDGET = 1 << 26
@@ -24,7 +26,8 @@ def plus_plus(
 ) -> list[list[int]]:
     source = TensorSource(x)
     weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-    return choose_plus_plus(source, Moments.of(source), k, seed, restarts, weights, budget)
+    bits = [RandomBits(seed, restart) for restart in restarts]
+    return choose_plus_plus(source, Moments.of(source), k, bits, weights, budget)
 
 
 def fits(counts: np.ndarray, shares: np.ndarray) -> bool:
@@ -53,18 +56,18 @@ def test_random_bits_are_a_fixed_sequence_of_seed_and_restart() -> None:
 
 
 def test_random_rows_are_distinct_and_uniform() -> None:
-    chosen = choose_random(7, 3, 0, range(4000), None)
+    chosen = choose_random(Block.alone(7), 3, 0, range(4000), None)
     assert all(len(set(rows_)) == 3 for rows_ in chosen)
     assert fits(np.bincount(np.ravel(chosen), minlength=7), np.ones(7))
     assert fits(np.bincount([rows_[0] for rows_ in chosen], minlength=7), np.ones(7))
-    assert sorted(choose_random(7, 7, 3, range(1), None)[0]) == list(range(7))
+    assert sorted(choose_random(Block.alone(7), 7, 3, range(1), None)[0]) == list(range(7))
 
 
 def test_random_rows_follow_the_weights_and_leave_out_zero() -> None:
     weights = torch.tensor([1.0, 0.0, 2.0, 5.0, 0.5], dtype=torch.float64)
-    firsts = np.bincount([rows_[0] for rows_ in choose_random(5, 3, 0, range(4000), weights)], minlength=5)
+    firsts = np.bincount([rows_[0] for rows_ in choose_random(Block.alone(5), 3, 0, range(4000), weights)], minlength=5)
     assert fits(firsts, weights.numpy())
-    assert not any(1 in rows_ for rows_ in choose_random(5, 4, 1, range(200), weights))
+    assert not any(1 in rows_ for rows_ in choose_random(Block.alone(5), 4, 1, range(200), weights))
 
 
 # ---- k-means++
@@ -77,13 +80,13 @@ def test_draws_have_the_probabilities_of_greedy_k_means_plus_plus(weights: list[
     dist2 = reference_dist2(x, x)
     chosen = np.array(plus_plus(x, 2, range(3000), weights=weights))
     assert fits(np.bincount(chosen[:, 0], minlength=6), share)
-    # The second is the best of four draws, 2 (2 + log 2), each with probability share * dist2.
+    # The second is the best of two draws, 2 + log 2 rounded down, each with probability share * dist2.
     expected = np.zeros((6, 6))
     for first in range(6):
         draw = share * dist2[first]
         draw /= draw.sum()
         left = (share * np.minimum(dist2[first], dist2)).sum(1)
-        for tried in itertools.product(range(6), repeat=4):
+        for tried in itertools.product(range(6), repeat=2):
             expected[first, min(tried, key=lambda row: left[row])] += share[first] / share.sum() * draw[[*tried]].prod()
     counts = np.bincount(chosen[:, 0] * 6 + chosen[:, 1], minlength=36)
     likely = expected.ravel() > 2e-3
@@ -126,7 +129,7 @@ def test_draws_do_not_depend_on_chunks_memory_threads_or_the_other_restarts(
             assert plus_plus(x, 12, range(6), weights=weights) == whole
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(seeding, "tile_rows", lambda d, device: 13)
+    monkeypatch.setattr(image, "tile_rows", lambda d, device: 13)
     for budget in (1, BUDGET):
         assert plus_plus(x, 12, range(6), weights=weights, budget=budget) == whole
     assert plus_plus(x, 12, range(6), weights=weights, seed=1) != whole

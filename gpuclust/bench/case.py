@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 
 from gpuclust.config import DTYPES, show_bytes
 from gpuclust.errors import InputError, first_line, is_out_of_memory
+from gpuclust.free import free_bytes
 
 DATA = "relu of gaussian blobs"
 _CHUNK_VALUES = 1 << 24
@@ -92,9 +92,9 @@ def make_rows(case: Case, device: torch.device) -> Rows:
     InputError
         If the device lacks the memory for the rows.
     """
-    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_bytes()
-    if case.x_bytes > there:
-        raise InputError(f"{case}: X takes {show_bytes(case.x_bytes)}, and {device} has {show_bytes(there)}")
+    free = free_bytes(device)
+    if case.x_bytes > free:
+        raise InputError(f"{case}: X takes {show_bytes(case.x_bytes)}, and {device} has {show_bytes(free)} free")
     try:
         return _make(case, device)
     except (RuntimeError, MemoryError) as error:
@@ -121,7 +121,3 @@ def _make(case: Case, device: torch.device) -> Rows:
         for place in places:
             place.copy_(problem[torch.randperm(case.n, generator=chooser)[: case.k].to(device)])
     return Rows(x, starts)
-
-
-def _host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

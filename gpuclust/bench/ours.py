@@ -12,6 +12,7 @@ from gpuclust.bench.peers import OPS, Found, Peer, Stored, Work
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose, survey
 from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.seeding import choose_plus_plus
 from gpuclust.cluster.source import TensorSource, chunk_rows
@@ -109,7 +110,7 @@ class Ours(Peer):
         def call() -> torch.Tensor:
             with full_precision(device):
                 budget = _SEED_BYTES.get(device.type, 512 << 20)
-                (chosen,) = choose_plus_plus(source, moments, k, seed, range(1), None, budget)
+                (chosen,) = choose_plus_plus(source, moments, k, [RandomBits(seed, 0)], None, budget)
                 return source.take(torch.as_tensor(chosen, device=device))
 
         return Work(call, lambda centroids: [Found(centroids)])

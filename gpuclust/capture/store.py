@@ -44,6 +44,8 @@ class LayerStore:
     them, at once).
     """
 
+    resident = True
+
     def __init__(
         self, n: int, d: int, dtype: torch.dtype, device: torch.device | str, *, name: str = "the layer"
     ) -> None:

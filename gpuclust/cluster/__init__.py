@@ -3,6 +3,7 @@
 This room imports nothing from ``capture``, ``compare`` or ``report``.
 """
 
+from gpuclust.cluster.distributed import shared
 from gpuclust.cluster.kmeans import KMeans
 
-__all__ = ["KMeans"]
+__all__ = ["KMeans", "shared"]

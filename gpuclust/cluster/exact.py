@@ -1,24 +1,26 @@
-"""What makes the labels exact: the reference distance, the error bound of the float32 pass, and the re-check.
+"""What makes the labels exact: the reference distance, the error bound of a pass, and the re-check.
 
 **Reference distance.** dist2(x, c) in float64: the difference of each feature, its square, summed by the fixed tree
 of `gpuclust.cluster.sums.tree_sum`, one rounding per operation (no fused multiply-add). `labels_[i]` is the least
 index of its least value over the returned centroids.
 
-**Bound.** A pass in float32 (unit roundoff u = 2**-24) forms x^ = fl((x - m) s), c^ = fl((c - m) s) and ``score_j =
-bias_j - 2 x^ . c^`` with bias_j = ||c - m||^2 s^2 (where rows are used as stored, x^ = x and bias_j = ||c||^2 -
-||m||^2). Exactly, ``||x - c||^2 s^2`` is that score plus a term that is the same for all centroids of a row. The
-computed score is off by at most
+**Bound.** A pass computes x^ = fl((x - m) s), c^ = fl((c - m) s) and ``score_j = bias_j - 2 x^ . c^`` with bias_j =
+||c - m||^2 s^2 (where rows are used as stored, x^ = x and bias_j = ||c||^2 - ||m||^2). Exactly, ``||x - c||^2 s^2`` is
+that score plus a term that is the same for all centroids of a row. With an `Arithmetic` whose operands are rounded by a
+share rho and an absolute t, and whose additions round by a share v, the computed score is off by at most
 
-    2 ||x^|| ||c - m|| s (g + rho_x + rho_c) + 8 u (|bias_j| + 2 ||x^|| ||c - m|| s) + eta,
+    2 ||x^|| ||c - m|| s (g + 2 rho + rho^2) (1 + 4 rho) + 2 sqrt(d) t (||x^|| + ||c - m|| s) + 2 d t^2
+      + 8 u (|bias_j| + 2 ||x^|| ||c - m|| s) + eta,        u = 2**-24,
 
-where g = (K + S) u / (1 - (K + S) u) bounds a sum of K products in any order, of which S partial sums are then added
-(Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1, with Cauchy-Schwarz for the norms);
-rho_x is u where rows are converted and 0 where they are used as stored; rho_c is u; 8 u covers the rounding of the
-bias, of the bound itself and of the few additions around it; eta covers underflow. The reference distance is within
-(log2 d + 4) 2**-53 of exact, relatively, and ||x - c||^2 <= 2 (||x - m||^2 + ||c - m||^2); that is added too, so that
-a certified label is the label that the reference distance gives. Every centroid whose score less its bound is not
-above the least of score plus bound stays a candidate. Where one is left, it is certain. Everything else, NaN and
-infinity included, is decided by the reference distance.
+where g = (K + S) v / (1 - (K + S) v) bounds a sum of K products in any order, of which S partial sums are then added
+(Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1, with Cauchy-Schwarz for the norms); rows
+used as stored round nothing, which takes one rho away; 8 u covers the rounding of the bias, of the bound itself and of
+the few additions around it; eta covers underflow. Tensor cores add with truncation, at most 2**-22 of the largest term
+for each product (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021). The
+reference distance is within (log2 d + 4) 2**-53 of exact, relatively, and ||x - c||^2 <= 2 (||x - m||^2 + ||c - m||^2);
+that is added too, so that a certified label is the label that the reference distance gives. Every centroid whose score
+less its bound is not above the least of score plus bound stays a candidate. Where one is left, it is certain.
+Everything else, NaN and infinity included, is decided by the reference distance.
 """
 
 from __future__ import annotations
@@ -28,11 +30,43 @@ from dataclasses import dataclass
 
 import torch
 
-from gpuclust.cluster.backends.base import SLICE, Backend, Candidates, Operand
+from gpuclust.cluster.backends.base import SLICE, Candidates, Operand
 from gpuclust.cluster.source import block_rows
 from gpuclust.cluster.sums import tree_sum
 
 _U = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a pass computes, as far as its errors depend on it.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        Of the operands.
+    rounding : float
+        rho, the relative error of an operand.
+    tiny : float
+        t, the absolute error of an operand near 1 that is too small for that (underflow).
+    adding : float
+        v, the relative error of an addition, at worst.
+    reads_stored : bool
+        Whether float32 rows may be read as they are stored, without centring.
+    """
+
+    dtype: torch.dtype
+    rounding: float
+    tiny: float
+    adding: float
+    reads_stored: bool = False
+
+
+FLOAT32 = Arithmetic(torch.float32, _U, 0.0, _U, reads_stored=True)
+# On tensor cores, with float32 accumulators.
+FLOAT16 = Arithmetic(torch.float16, 2.0**-11, 2.0**-25, 2.0**-22)
+BFLOAT16 = Arithmetic(torch.bfloat16, 2.0**-8, 2.0**-133, 2.0**-22)
+TF32 = Arithmetic(torch.float32, 2.0**-10, 2.0**-136, 2.0**-22)
 
 
 def reference_dist2(
@@ -73,15 +107,15 @@ def reference_dist2(
 
 @dataclass(frozen=True)
 class Frame:
-    """How the rows are seen by the float32 pass: centre, scale, and whether they are converted at all.
+    """How the rows are seen by a pass: centre, scale, and whether they are converted at all.
 
     Attributes
     ----------
     centre : float64 (d,)
         m, subtracted from the centroids, and from the rows where they are converted; holds values of the rows' dtype
         (float32 at least), so that scaling it by a power of two is exact.
-    converted : bool
-        False: float32 rows of modest size and offset, read as stored.
+    stored : bool
+        Float32 rows of modest size and offset, which a float32 pass reads as they are stored.
     scale : float
         s, a power of two that brings the largest value near 1.
     far2 : float
@@ -89,7 +123,7 @@ class Frame:
     """
 
     centre: torch.Tensor
-    converted: bool
+    stored: bool
     scale: float
     far2: float
 
@@ -100,64 +134,81 @@ class Frame:
         Converting costs a pass over the chunk and takes an offset away; rows that have little of it do without.
         """
         offset = torch.linalg.vecdot(centre, centre).item()
-        if dtype == torch.float32 and 2.0**-20 <= largest <= 2.0**40 and offset <= 8 * spread:
-            return cls(centre, False, 1.0, far2)
+        stored = dtype == torch.float32 and 2.0**-20 <= largest <= 2.0**40 and offset <= 8 * spread
         exponent = math.frexp(largest)[1] if largest > 0 else 0
         # The scale is a number of the type that rows are converted in, and must be finite and normal there.
         limit = 1000 if dtype == torch.float64 else 120
-        return cls(centre, True, 2.0 ** -max(-limit, min(limit, exponent)), far2)
+        return cls(centre, stored, 2.0 ** -max(-limit, min(limit, exponent)), far2)
 
     def norms(self, dist2: torch.Tensor) -> torch.Tensor:
-        """Upper bounds of ||x^||, float32 (b,), from the squared distances (b,) of the rows to the centre."""
-        bound = dist2.sqrt() if self.converted else dist2.sqrt() + torch.linalg.vector_norm(self.centre)
-        return (bound * (self.scale * (1 + 2.0**-20)) + 2.0**-100).float()
+        """Upper bounds of ||x - m|| s, float32 (b,), from the squared distances (b,) of the rows to the centre."""
+        return (dist2.sqrt() * (self.scale * (1 + 2.0**-20)) + 2.0**-100).float()
 
-    def operand(self, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:
-        """Prepare centroids (r, k, d) for a pass over rows of ``dtype``."""
+    def operand(self, centroids: torch.Tensor, dtype: torch.dtype, arithmetic: Arithmetic = FLOAT32) -> Operand:
+        """Prepare centroids (r, k, d) for a pass over rows of ``dtype`` in an arithmetic."""
         r, k, d = centroids.shape
+        stored = self.stored and arithmetic.reads_stored
+        scale = 1.0 if stored else self.scale
         flat = centroids.reshape(r * k, d)
-        matrix = torch.empty(r * k, d, dtype=torch.float32, device=flat.device)
+        matrix = torch.empty(r * k, d, dtype=arithmetic.dtype, device=flat.device)
         bias = torch.empty(r * k, dtype=torch.float64, device=flat.device)
         square = torch.empty_like(bias)
         size = block_rows(d, flat.device)
         for start in range(0, r * k, size):
             part = slice(start, start + size)
             c = flat[part].double()
-            moved = (c - self.centre).mul_(self.scale)
-            matrix[part] = moved * -2.0
+            moved = (c - self.centre).mul_(scale)
+            matrix[part] = (moved * -2.0).to(arithmetic.dtype)
             square[part] = torch.linalg.vecdot(moved, moved)
-            other = moved if self.converted else (c + self.centre).mul_(self.scale)
-            bias[part] = square[part] if self.converted else torch.linalg.vecdot(moved, other)
-        terms = min(d, SLICE) + math.ceil(d / SLICE)
-        relative = terms * _U / (1 - terms * _U) + (2 if self.converted else 1) * _U + 8 * _U
-        reference = (math.log2(d) + 4) * 2.0**-53
-        # What products and conversions lose below the normal range, with the largest value near 1.
-        underflow = d * 2.0**-110
+            bias[part] = torch.linalg.vecdot(moved, c + self.centre) if stored else square[part]
+        rho, tiny = arithmetic.rounding, arithmetic.tiny * math.sqrt(d)
+        relative = relative_error(d, arithmetic) + (1 if stored else 2) * rho * (1 + 4 * rho) + rho * rho
+        lift = torch.linalg.vector_norm(self.centre).item() if stored else 0.0
+        length = square.sqrt()
+        slope = 2 * length * relative + 2 * tiny
+        margin = self.margin(bias, d, square, scale) + 2 * tiny * (tiny + length)
+        # Of rows used as stored ||x^|| is up to ||m|| more than ||x - m||; the bias has terms of that size, too.
+        margin += slope * lift + d * 2.0**-51 * length * lift
         if dtype == torch.float64 and self.far2 < 2.0**-900:
-            underflow = math.inf  # the norms themselves have lost digits: nothing can be certified
-        far = math.sqrt(self.far2) * self.scale
-        # The bias itself was summed in float64: d 2**-53 of its terms' absolute values.
-        summed = d * 2.0**-52 * (square + (0 if self.converted else 2 * square.sqrt() * self._centre_norm()))
-        margin = 8 * _U * bias.abs() + summed + 4 * reference * (square + far * far) + underflow
-        slope = 2 * square.sqrt() * relative
-        inflate = 1 + 2.0**-10
-        high, low = bias + margin * inflate, bias - margin * inflate
-        repeated = _repeated(centroids, bias)
-        high[repeated] = low[repeated] = torch.finfo(torch.float32).max
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        return Operand(
-            matrix,
-            high.float()[:, None],
-            low.float()[:, None],
-            (slope * inflate).float()[:, None],
-            (self.centre * self.scale).to(compute) if self.converted else None,
-            self.scale,
-            r,
-            k,
-        )
+            margin += math.inf  # the norms themselves have lost digits: nothing can be certified
+        shift = None if stored else (self.centre * scale).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        return bounded(centroids, matrix, bias, slope * (scale / self.scale), margin, shift, scale)
 
-    def _centre_norm(self) -> float:
-        return torch.linalg.vector_norm(self.centre).item() * self.scale
+    def margin(
+        self, bias: torch.Tensor, d: int, square: torch.Tensor | None = None, scale: float | None = None
+    ) -> torch.Tensor:
+        """The part of the bound that is the same for all rows: float64 (p,), for biases (p,) summed in float64, and for
+        ``square`` ||c - m||^2 s^2 (p,), where that is not the bias, in a pass of another scale than the frame's."""
+        square = bias if square is None else square
+        reference = (math.log2(d) + 4) * 2.0**-53
+        far = math.sqrt(self.far2) * (self.scale if scale is None else scale)
+        # Products and conversions lose this below the normal range, with the largest value near 1.
+        underflow = d * 2.0**-110
+        return 8 * _U * bias.abs() + d * 2.0**-52 * square + 4 * reference * (square + far * far) + underflow
+
+
+def relative_error(d: int, arithmetic: Arithmetic) -> float:
+    """The share of ||x^|| ||c^|| that summing d products can lose, and 8 u for the few operations around it."""
+    terms = (min(d, SLICE) + math.ceil(d / SLICE)) * arithmetic.adding
+    return terms / (1 - terms) * (1 + 4 * arithmetic.rounding) + 8 * _U
+
+
+def bounded(
+    centroids: torch.Tensor,
+    matrix: torch.Tensor,
+    bias: torch.Tensor,
+    slope: torch.Tensor,
+    margin: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> Operand:
+    """The operand of centroids (r, k, d) with these biases, slopes and margins, float64 (r * k,)."""
+    inflate = 1 + 2.0**-10
+    high, low = bias + margin * inflate, bias - margin * inflate
+    repeated = _repeated(centroids, bias)
+    high[repeated] = low[repeated] = torch.finfo(torch.float32).max
+    high, low, slope = (part.float()[:, None] for part in (high, low, slope * inflate))
+    return Operand(centroids, matrix, high, low, slope, shift, scale)
 
 
 def _repeated(centroids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -173,49 +224,31 @@ def _repeated(centroids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return repeated.view(r * k)
 
 
-def assign_exactly(
-    backend: Backend,
-    x: torch.Tensor,
-    norms: torch.Tensor,
-    centroids: torch.Tensor,
-    operand: Operand,
-    labels: torch.Tensor,
-    precision: str = "exact",
-) -> int:
-    """Label the rows of a chunk: the backend proposes, the reference distance decides what it could not certify.
+def decide(x: torch.Tensor, centroids: torch.Tensor, candidates: Candidates, labels: torch.Tensor) -> torch.Tensor:
+    """Label what a pass left open: the least reference distance among the candidates; the lowest index of a tie.
 
     Parameters
     ----------
     x : (b, d)
-    norms : float32 (b,)
-        `Frame.norms` of the rows.
     centroids : (r, k, d)
         In the dtype in which they are returned.
-    operand : Operand
-        `Frame.operand` of the centroids.
-    labels : int32 (r, b), out
-    precision : {"exact", "fast"}
-        ``fast`` takes the least score, unchecked.
+    candidates : Candidates
+        Of rows of ``x``.
+    labels : int32 (r, b), in and out
 
     Returns
     -------
-    int
-        How many of the r * b assignments were re-checked.
+    int64 ()
+        How many labels it decided.
     """
-    candidates = backend.assign(x, norms, operand, labels, precision == "exact")
-    if candidates is None or candidates.row.numel() == 0:
-        return 0
-    return _decide(x, centroids, candidates, labels)
-
-
-def _decide(x: torch.Tensor, centroids: torch.Tensor, candidates: Candidates, labels: torch.Tensor) -> int:
-    """The least reference distance of each (row, restart) among its candidates; the lowest index of a tie."""
     r, k, d = centroids.shape
     row, restart, centroid = candidates
+    if row.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=x.device)
     dist2 = reference_dist2(x, centroids.reshape(r * k, d), restart * k + centroid, row)
     pair, group = torch.unique_consecutive(row * r + restart, return_inverse=True)
     least = dist2.new_full(pair.shape, math.inf).scatter_reduce_(0, group, dist2, "amin")
     tied = torch.where(dist2 == least[group], centroid, k)
     best = tied.new_full(pair.shape, k).scatter_reduce_(0, group, tied, "amin")
     labels[pair % r, pair // r] = best.to(labels.dtype)
-    return pair.numel()
+    return torch.tensor(pair.numel(), device=x.device)

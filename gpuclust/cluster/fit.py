@@ -11,11 +11,13 @@ import torch
 from gpuclust.arithmetic import full_precision
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Problem
-from gpuclust.cluster.distributed import OneProcess
+from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, require_same
+from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
 from gpuclust.cluster.moments import Moments, centroid_dtype
+from gpuclust.cluster.scalable import choose_scalable
 from gpuclust.cluster.seeding import choose_plus_plus, choose_random
-from gpuclust.cluster.source import ChunkSource, chunk_rows
+from gpuclust.cluster.source import ChunkSource, chunk_rows, take_rows
 from gpuclust.cluster.sums import total
 
 # Bytes for the centroids and sums of the restarts that run together, where no limit is given.
@@ -50,6 +52,8 @@ class Fit:
         Share of all assignments, over all restarts and iterations, that the reference distance decided.
     times : dict
         Seconds: ``moments_s``, ``seed_s``, ``iterate_s``, ``select_s``.
+    rows : str
+        Where the rows were: in memory, copied to the device, or streamed, and why.
     """
 
     centroids: torch.Tensor
@@ -64,6 +68,7 @@ class Fit:
     rejected: dict[str, str]
     recheck_share: float
     times: dict[str, float] = field(default_factory=dict)
+    rows: str = ""
 
 
 def fit_kmeans(
@@ -80,12 +85,13 @@ def fit_kmeans(
     backend: str = "auto",
     memory_limit: int | None = None,
     tell: Callable[[str], None] | None = None,
+    group: Group | None = None,
 ) -> Fit:
     """k-means of the rows of ``source`` (n, d), k <= n.
 
     Parameters
     ----------
-    init : {"k-means++", "random"} or sequence of tensors (k, d)
+    init : {"k-means++", "k-means||", "random"} or sequence of tensors (k, d)
         Given centroids: one tensor for each of ``n_init`` restarts.
     tol : float
         Movement of the centroids, relative to the mean variance of a feature, at which a restart ends.
@@ -95,33 +101,53 @@ def fit_kmeans(
         Bytes that may be used beside the rows. It groups the restarts and never changes the result.
     tell : Callable or None
         Takes a line about each restart.
+    group : Group or None
+        The processes that share the fit: each has a contiguous block of the rows, in the order of their ranks, as its
+        ``source``, and its part of ``weights``; ``labels``, ``dist2`` and the re-checked share are of these rows.
 
     Raises
     ------
     InputError
-        For NaN, infinity and values whose squares overflow.
+        For NaN, infinity and values whose squares overflow, and for processes that disagree or have no rows.
     UnavailableError
         If the backend asked for cannot run.
     """
-    n, d = source.shape
-    device = source.device
+    d, device, group = source.shape[1], source.device, group or OneProcess()
     watch = _Watch(device)
     with full_precision(device):
-        problem = Problem(n, d, k, source.dtype, device, weights is not None, n_init)
-        runner, rejected = choose(backend, problem)
-        shares = None if weights is None else Weights(weights)
+        require_same(
+            group,
+            features=d,
+            dtype=source.dtype,
+            n_clusters=k,
+            init=init,
+            n_init=n_init,
+            max_iter=max_iter,
+            tol=tol,
+            seed=seed,
+            weights="given" if weights is not None else None,
+            precision=precision,
+            memory_limit=memory_limit,
+        )
+        block = Block.of(source.shape[0], group)
+        n = block.n
+        with in_all(group):
+            problem = Problem(n, d, k, source.dtype, device, weights is not None, n_init, group.size)
+            runner, rejected = choose(backend, problem)
+        shares = None if weights is None else Weights(weights, block)
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
-        moments = Moments.of(source, None if shares is None else shares.lightest)
+        moments = Moments.of(source, None if shares is None else shares.lightest, block)
         watch.lap("moments_s")
         budget = memory_limit if memory_limit is not None else _BUDGET_BYTES.get(device.type, 512 << 20)
-        together = max(1, budget // (32 * ((k + 1) * d + n)))
+        together = max(1, budget // (32 * ((k + 1) * d + block.most)))
         lloyd = Lloyd(
             runner,
             source,
             moments,
-            OneProcess(),
+            group,
             shares,
             lambda restarts: chunk_rows(restarts * k, d, device, memory_limit),
+            budget,
             max_iter=max_iter,
             tol=tol * moments.spread / (n * d),
             precision=precision,
@@ -131,13 +157,9 @@ def fit_kmeans(
             restarts = range(first, min(n_init, first + together))
             centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
             if isinstance(init, str):
-                rows = (
-                    choose_random(n, k, seed, restarts, weights)
-                    if init == "random"
-                    else choose_plus_plus(source, moments, k, seed, restarts, weights, budget)
-                )
+                rows = _seed(init, source, moments, k, seed, restarts, shares, budget)
                 for place, chosen in zip(centroids, rows, strict=True):
-                    place.copy_(source.take(torch.tensor(chosen, device=device)))
+                    place.copy_(take_rows(source, block, torch.tensor(chosen, device=device)))
             else:
                 for place, restart in zip(centroids, restarts, strict=True):
                     place.copy_(init[restart])
@@ -166,6 +188,26 @@ def fit_kmeans(
     )
 
 
+def _seed(
+    init: str,
+    source: ChunkSource,
+    moments: Moments,
+    k: int,
+    seed: int,
+    restarts: range,
+    weights: Weights | None,
+    budget_bytes: int,
+) -> list[list[int]]:
+    """The numbers of the ``k`` rows that each restart begins with."""
+    values = None if weights is None else weights.values
+    if init == "random":
+        return choose_random(moments.block, k, seed, restarts, values)
+    bits = [RandomBits(seed, restart) for restart in restarts]
+    if init == "k-means||":
+        return choose_scalable(source, moments, k, bits, weights, budget_bytes)
+    return choose_plus_plus(source, moments, k, bits, values, budget_bytes)
+
+
 def _close(solutions: list[Solution], moments: Moments) -> list[Solution]:
     """Those whose inertia may be the least: the others are not kept."""
     close = min(solution.inertia for solution in solutions) + _ALIKE * moments.spread
@@ -178,27 +220,28 @@ def _best(
     """The restart of least inertia (the first of a tie), by reference distances where it is close."""
     best: tuple[Solution, torch.Tensor, float] | None = None
     for solution in solutions:
-        if best and _same(solution, best[0]):
+        if best and _same(solution, best[0], moments.block):
             continue
         dist2 = distances(source, solution.centroids, solution.labels)
-        inertia = total(dist2, weights)
+        inertia = total(dist2, weights, moments.block)
         if best is None or inertia < best[2]:
             best = solution, dist2, inertia
     assert best is not None
     return best
 
 
-def _same(one: Solution, other: Solution) -> bool:
+def _same(one: Solution, other: Solution, block: Block) -> bool:
     """Whether two solutions are one, but for the order of the clusters: restarts often end in the same place."""
     ordered = []
     for solution in (one, other):
         k = len(solution.centroids)
-        first = torch.full((k,), len(solution.labels), dtype=torch.int64, device=solution.labels.device)
-        rows = torch.arange(len(solution.labels), device=solution.labels.device)
+        first = torch.full((k,), block.n, dtype=torch.int64, device=solution.labels.device)
+        rows = torch.arange(len(solution.labels), device=solution.labels.device) + block.first
         first.scatter_reduce_(0, solution.labels.long(), rows, "amin")
-        order = first.argsort(stable=True)
+        order = (-block.max(-first)).argsort(stable=True)
         ordered.append((order.argsort()[solution.labels.long()], solution.centroids[order]))
-    return torch.equal(ordered[0][0], ordered[1][0]) and torch.equal(ordered[0][1], ordered[1][1])
+    differs = [not torch.equal(mine, its) for mine, its in zip(*ordered, strict=True)]
+    return not bool(block.max(torch.tensor([any(differs)], dtype=torch.int64, device=one.labels.device)))
 
 
 class _Watch:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from gpuclust.cluster.arrays import in_place, open_array, refuse_sparse, require_real, require_rows, row_dtype, to_rows
+from gpuclust.cluster.chunks import ChunksSource
+from gpuclust.cluster.distributed import Group, OneProcess, in_all, require_same
+from gpuclust.cluster.host import HostSource
+from gpuclust.cluster.mapped import Mapped
 from gpuclust.cluster.source import ChunkSource, TensorSource
+from gpuclust.config import show_bytes
 from gpuclust.errors import InputError, UnavailableError
+from gpuclust.free import free_bytes
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What a fit allocates for each row beside X.
+_BYTES_PER_ROW = 64
+# What a fit on CUDA gives itself where no limit is set, chunks included.
+_FIT_BYTES = 3 << 30
 
 
 @dataclass(frozen=True)
@@ -28,52 +35,152 @@ class Rows:
     source : ChunkSource (n, d)
     back : Callable
         A result tensor as the caller's kind of array, on the caller's device.
+    home : torch.device
+        That device.
+    how : str
+        Where the rows are, and why; for reports.
+    held_bytes : int
+        What the source itself allocates on its device.
     """
 
     source: ChunkSource
     back: Callable[[torch.Tensor], Any]
+    home: torch.device
+    how: str
+    held_bytes: int = 0
+
+    def left_of(self, memory_limit: int | None) -> int | None:
+        """What the source leaves of a memory limit."""
+        return None if memory_limit is None else max(1, memory_limit - self.held_bytes)
 
 
-def read_rows(x: Any, device: str | torch.device | None = None, name: str = "KMeans") -> Rows:
-    """Rows from a tensor, a NumPy array, anything that becomes one, DLPack, or a chunk source.
+def read_rows(
+    x: Any, device: str | torch.device | None = None, name: str = "KMeans", memory_limit: int | None = None
+) -> Rows:
+    """Rows from a tensor, a NumPy array, anything that becomes one, DLPack, chunks, or a chunk source.
 
     Parameters
     ----------
     x : (n, d)
-        Floating tensors and arrays are used where they are, without a copy; whole numbers become float64.
+        Floating tensors and arrays are used where they are, without a copy; whole numbers become float64. Or chunks:
+        a list of arrays or tensors (b, d), or an object whose ``__iter__`` gives them anew each time.
     device : str or torch.device, optional
         Where to compute; where ``x`` is by default.
     name : str
         The estimator, for messages.
+    memory_limit : int, optional
+        Bytes that may be allocated. Rows of which a copy would take more than three quarters of it, or of what is
+        free, are streamed.
 
     Raises
     ------
     InputError
-        If it is not two-dimensional, is empty, or holds what is not a real number.
+        If it is not two-dimensional, is empty, holds what is not a real number, or can be read only once.
     TypeError
         If it is sparse.
     """
+    if isinstance(x, Rows):
+        return x
     if hasattr(x, "chunks") and hasattr(x, "take") and hasattr(x, "shape") and not hasattr(x, "__array__"):
-        return Rows(x, lambda result: result)
-    tensor, back = read_array(x, name)
-    return Rows(TensorSource(tensor.to(find_device(device)) if device is not None else tensor), back)
+        return Rows(x, lambda result: result, x.device, "a chunk source")
+    place = None if device is None else find_device(device)
+    refuse_sparse(x)
+    if (first := first_chunk(x)) is not None:
+        refuse_sparse(first)
+        _, back, home = open_array(first)
+        chunks = ChunksSource(x, _read_chunk, place, memory_limit)
+        return Rows(chunks, back, home, "chunks, read anew in each pass", chunks.buffer_bytes)
+    given, back, home = open_array(x)
+    require_rows(given, name)
+    return _place(given, back, home, place, memory_limit)
 
 
-def read_array(x: Any, name: str = "KMeans") -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-    """An array of any kind as a floating tensor (n, d), and the way back; see `read_rows`."""
-    if type(x).__module__.startswith("scipy.sparse") or (isinstance(x, torch.Tensor) and x.layout != torch.strided):
-        raise TypeError("Sparse data was passed for X, but dense data is required: use X.toarray() (or X.to_dense()).")
-    back: Callable[[torch.Tensor], Any]
-    if isinstance(x, torch.Tensor):
-        tensor, back = x.detach(), _to(x.device)
-    elif isinstance(x, np.ndarray) or not (hasattr(x, "__dlpack__") or hasattr(x, "__cuda_array_interface__")):
-        tensor, back = _from_numpy(x), _to_numpy
-    else:
-        tensor, back = _from_dlpack(x)
-    _require_rows(tensor, name)
-    if tensor.dtype not in FLOATS:
-        tensor = tensor.double()
-    return tensor, back
+def first_chunk(x: Any) -> Any:
+    """The first of the chunks that ``x`` gives, where it is no array itself but gives arrays of two dimensions.
+
+    None for all that becomes one array: a list of rows, however written; a table; anything with an array interface.
+
+    Raises
+    ------
+    InputError
+        For a generator or another iterator, and for what gives neither chunks nor can be read by index, as a list.
+    """
+    arrays = ("__array__", "__array_interface__", "__cuda_array_interface__", "__dlpack__", "to_numpy")
+    if isinstance(x, (torch.Tensor, str, bytes, Mapping)) or any(hasattr(x, name) for name in arrays):
+        return None
+    if isinstance(x, Iterator):
+        raise InputError(
+            f"X is a {type(x).__name__}, which can be read once, and rows are read many times: give a list of chunks, "
+            "or an object whose __iter__ begins anew each time"
+        )
+    if not isinstance(x, Iterable):
+        return None
+    first = next(iter(x), None)
+    if len(getattr(first, "shape", ())) == 2:
+        return first
+    if isinstance(x, Sequence) or (hasattr(x, "__getitem__") and hasattr(x, "__len__")):
+        return None
+    if first is None:
+        raise InputError(f"Found array with 0 sample(s): X, a {type(x).__name__}, gave nothing to read.")
+    shape = getattr(first, "shape", None)
+    shown = f"of shape {tuple(shape)}" if shape is not None else "that is no array"
+    raise InputError(
+        f"X, a {type(x).__name__}, gives a {type(first).__name__} {shown}: what is iterated over gives chunks of rows, "
+        "arrays or tensors of shape (b, d)"
+    )
+
+
+def _read_chunk(chunk: Any) -> torch.Tensor:
+    refuse_sparse(chunk)
+    if len(getattr(chunk, "shape", ())) != 2:
+        shape = getattr(chunk, "shape", None)
+        shown = f"of shape {tuple(shape)}" if shape is not None else "that is no array"
+        raise InputError(f"the chunks of X are arrays or tensors of shape (b, d); got a {type(chunk).__name__} {shown}")
+    given = open_array(chunk)[0]
+    require_real(given)
+    return to_rows(given)
+
+
+def _place(
+    given: torch.Tensor | np.ndarray,
+    back: Callable[[torch.Tensor], Any],
+    home: torch.device,
+    device: torch.device | None,
+    memory_limit: int | None,
+) -> Rows:
+    """Rows where they are, copied to where they are computed with, or streamed, by what a copy takes and what is free.
+
+    A file that is mapped is streamed on a CPU, too, which there costs no copy: its pages are given back after each
+    chunk if all of them would be too many.
+    """
+    device = home if device is None else device
+    if home.type != "cpu":
+        there = TensorSource(to_rows(given).to(device))
+        return Rows(there, back, home, f"on {home}" if there.device == home else f"copied to {there.device}")
+    whole, mapped = in_place(given), Mapped.of(given) is not None
+    if device.type == "cpu" and whole and not mapped:
+        return Rows(TensorSource(to_rows(given)), back, home, "in memory")
+    size = given.shape[0] * given.shape[1] * row_dtype(given).itemsize
+    room = _room_bytes(given.shape[0], device, memory_limit)
+    fits = size <= room
+    if fits and not (device.type == "cpu" and whole):
+        copied = TensorSource(to_rows(given).to(device))
+        return Rows(copied, back, home, f"copied to {copied.device} ({show_bytes(size)})", size)
+    streamed = HostSource(given, device, memory_limit, release=not fits)
+    origin = "a mapped file" if mapped else "memory"
+    how = f"streamed from {origin}: {show_bytes(size)}, and there is room for {show_bytes(room)}"
+    return Rows(streamed, back, home, f"in {origin}" if fits else how, streamed.buffer_bytes)
+
+
+def _room_bytes(n: int, device: torch.device, memory_limit: int | None) -> int:
+    """Bytes that rows may take on a device: three quarters of the limit, or of what is free beside results.
+
+    Where there is no limit, a fit on CUDA takes what `gpuclust.cluster.fit` gives itself, which must be left.
+    """
+    free = max(0, free_bytes(device) - _BYTES_PER_ROW * n)
+    if memory_limit is not None:
+        return min(free, memory_limit) * 3 // 4
+    return min(free * 3 // 4, free - _FIT_BYTES) if device.type == "cuda" else free * 3 // 4
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -98,16 +205,27 @@ def find_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def read_weights(weights: Any, source: ChunkSource) -> torch.Tensor | None:
-    """Weights of the rows as float64 (n,) on their device; None where all are the same.
+def read_weights(weights: Any, source: ChunkSource, group: Group | None = None) -> torch.Tensor | None:
+    """Weights of the rows as float64 (n,) on their device; None where all are the same, in all processes.
 
     Raises
     ------
     InputError
-        For a wrong length, NaN, infinity, a negative weight, or none above zero.
+        For a wrong length, NaN, infinity, a negative weight, none above zero in any process, or weights in some alone.
     """
+    group = group or OneProcess()
+    require_same(group, sample_weight="given" if weights is not None else None)
     if weights is None:
         return None
+    with in_all(group):
+        values = _read_weights(weights, source)
+    facts = group.gather((bool((values > 0).any()), bool((values == 1).all())))
+    if not any(positive for positive, _ in facts):
+        raise InputError("sample_weight is zero for every row: at least one needs a weight above zero.")
+    return None if all(ones for _, ones in facts) else values
+
+
+def _read_weights(weights: Any, source: ChunkSource) -> torch.Tensor:
     n = source.shape[0]
     values = weights.detach() if isinstance(weights, torch.Tensor) else torch.as_tensor(np.array(weights, np.float64))
     values = values.to(source.device, torch.float64)
@@ -121,79 +239,7 @@ def read_weights(weights: Any, source: ChunkSource) -> torch.Tensor | None:
         raise InputError("Input sample_weight contains NaN or infinity.")
     if bool((values < 0).any()):
         raise InputError("Negative values in data passed to `sample_weight`: weights are at least 0.")
-    if not bool((values > 0).any()):
-        raise InputError("sample_weight is zero for every row: at least one needs a weight above zero.")
-    return None if bool((values == 1).all()) else values
-
-
-def _require_rows(tensor: torch.Tensor, name: str) -> None:
-    if tensor.device.type == "meta":
-        raise InputError("X is on the device meta: it has a shape and no values")
-    if tensor.is_complex():
-        raise InputError(f"Complex data not supported\n{tensor.dtype}\n")
-    if tensor.ndim != 2:
-        shown = f"{tensor.ndim}D" if tensor.ndim else "scalar"
-        raise InputError(
-            f"Expected 2D array, got {shown} array instead: shape {tuple(tensor.shape)}.\n"
-            "Reshape your data either using array.reshape(-1, 1) if your data has a single feature or "
-            "array.reshape(1, -1) if it contains a single sample."
-        )
-    for size, what in zip(tensor.shape, ("sample", "feature"), strict=True):
-        if size == 0:
-            raise InputError(
-                f"Found array with 0 {what}(s) (shape={tuple(tensor.shape)}) while a minimum of 1 is "
-                f"required by {name}."
-            )
-
-
-def _from_numpy(x: Any) -> torch.Tensor:
-    if hasattr(x, "__array__") and hasattr(x, "to_numpy"):
-        array = x.to_numpy()
-        if array.dtype.kind == "O" and hasattr(x, "dtypes"):  # a table of columns of which some may be missing
-            with contextlib.suppress(TypeError, ValueError):
-                array = x.to_numpy(dtype=np.float64, na_value=np.nan)
-    else:
-        array = np.asarray(x)
-    if array.dtype.kind in "OUSV":
-        if array.dtype.kind == "O" and any(hasattr(item, "shape") for item in array.flat):
-            raise InputError("X holds arrays inside an array: rows need the same number of plain values each")
-        try:
-            array = array.astype(np.float64)
-        except (TypeError, ValueError) as error:
-            kind = TypeError if "argument must be" in str(error) else InputError
-            raise kind(f"X must hold numbers; got {array.dtype}: {error}") from error
-    if array.dtype.kind not in "fiubc":
-        raise InputError(f"X must hold numbers; got {array.dtype}")
-    if array.dtype.kind == "f" and (array.dtype.itemsize > 8 or not array.dtype.isnative):
-        array = array.astype(np.float64 if array.dtype.itemsize > 4 else f"f{array.dtype.itemsize}")
-    if array.dtype.kind in "iub":
-        array = array.astype(np.float64)
-    if any(stride < 0 for stride in array.strides) or any(stride % array.itemsize for stride in array.strides):
-        array = np.ascontiguousarray(array)
-    with warnings.catch_warnings():
-        # The rows are only read, so it is no matter that they cannot be written.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
-
-
-def _from_dlpack(x: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-    tensor = torch.from_dlpack(x) if hasattr(x, "__dlpack__") else torch.as_tensor(x)
-    if hasattr(x, "__array_namespace__"):
-        module = x.__array_namespace__()
-    else:
-        module = sys.modules[type(x).__module__.partition(".")[0]]
-    if not hasattr(module, "from_dlpack"):
-        return tensor, _to(tensor.device)
-    move = _to(tensor.device)
-    return tensor, lambda result: module.from_dlpack(move(result))
-
-
-def _to(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda result: result.to(device)
-
-
-def _to_numpy(result: torch.Tensor) -> np.ndarray:
-    return result.cpu().numpy()
+    return values
 
 
 def is_whole(value: Any, least: int) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
 import torch
 
 from gpuclust.arithmetic import full_precision
+from gpuclust.cluster.arrays import read_array
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Backend, Problem
+from gpuclust.cluster.distributed import Block, Group, in_all, unshared
 from gpuclust.cluster.fit import Fit, fit_kmeans
-from gpuclust.cluster.inputs import Rows, is_real, is_whole, read_array, read_rows, read_weights
+from gpuclust.cluster.inputs import Rows, is_real, is_whole, read_rows, read_weights
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.moments import centroid_dtype
 from gpuclust.cluster.predict import dist2_to_all, nearest
@@ -22,21 +25,25 @@ from gpuclust.cluster.sums import total
 from gpuclust.config import BACKENDS, PRECISIONS, SOLVERS
 from gpuclust.errors import InputError, UnavailableError
 
+# Beginnings that have a name.
+INITS = ("k-means++", "k-means||", "random")
 # Part of the estimator's interface, and not of this version.
 _NOT_YET = {"solver": "dual", "algorithm": "hartigan-wong", "metric": "cosine"}
 
 
 class KMeans(ScikitLearn):
-    """k-means with exact labels and the same bits for any chunk size and number of threads.
+    """k-means with exact labels and the same bits for any chunk size and number of threads or processes.
 
     Parameters and attributes that scikit-learn's KMeans has mean what they mean there.
 
     Parameters
     ----------
     n_clusters : int
-    init : {"k-means++", "random"}, array (n_clusters, d) or callable ``init(X, n_clusters, random_state)``
+    init : {"k-means++", "k-means||", "random"}, array (n_clusters, d) or callable ``init(X, n_clusters, random_state)``
+        "k-means||" reads X a few times where k-means++ reads it once per cluster: for many clusters
+        (`gpuclust.cluster.scalable`).
     n_init : int or "auto"
-        Restarts. "auto": 1 for k-means++ and for an array, 10 for random and for a callable.
+        Restarts. "auto": 1 for k-means++, k-means|| and an array, 10 for random and a callable.
     max_iter : int
         Iterations of one restart at most.
     tol : float
@@ -57,8 +64,9 @@ class KMeans(ScikitLearn):
     device : str, torch.device or None
         Where to compute; where X is by default.
     memory_limit : int or None
-        Bytes for what grows with clusters, features and restarts; beside it and X a fit holds some 60 bytes per row. It
-        never changes the result.
+        Bytes for a copy of X on the device and for what grows with clusters, features and restarts; beside it a fit
+        holds some 60 bytes per row. X of which a copy would take more than three quarters of it (or of what is free)
+        is streamed. It never changes the result.
 
     Attributes
     ----------
@@ -72,12 +80,17 @@ class KMeans(ScikitLearn):
     feature_names_in_ : array of str (d,)
         Only if X has names of columns that are all strings.
     fit_report_ : gpuclust.cluster.fit.Fit
-        Backend, solver, rejected backends with reasons, share of re-checked assignments, times.
+        Backend, solver, rejected backends with reasons, share of re-checked assignments, times, where the rows were.
 
     Notes
     -----
     X is a torch tensor, a NumPy array, anything that offers DLPack or ``__cuda_array_interface__``, a memory-mapped
-    .npy, or a chunk source (`gpuclust.cluster.source.ChunkSource`); results are of the same kind on the same device.
+    .npy, chunks of rows (a list of arrays (b, d), or an object whose ``__iter__`` gives them anew each time, in a fixed
+    order), or a chunk source (`gpuclust.cluster.source.ChunkSource`); results are of the same kind on the same device.
+    What is streamed, from memory, a file or chunks, is read several times, and gives the same bits; if it changes
+    meanwhile that is an error (`HostSource` says what is noticed in a file). A callable ``init`` gets it as it is.
+    Processes that each hold a part of the rows fit them as one with ``fit(shared(X))``, and with nothing else; see
+    `gpuclust.cluster.distributed.shared`.
     Sums are of values rounded to a grid per feature (`gpuclust.cluster.sums`), so that no order of adding changes them:
     a centroid is exact to about 2**-35 of the largest absolute value of its feature, for 70,000 rows of float32.
     Sources of the method: Lloyd, "Least squares quantization in PCM", 1982; see `gpuclust.cluster.seeding` and
@@ -141,13 +154,18 @@ class KMeans(ScikitLearn):
         UnavailableError (a ValueError)
             For a backend, solver or device that cannot run here.
         """
-        self._check_parameters()
-        rows = self._read(X, reset=True)
+        X, group = unshared(X)
+        with in_all(group):
+            self._check_parameters()
+            rows = self._read(X, reset=True)
+            own_seed = _seed(self.random_state)
         source, k = rows.source, int(self.n_clusters)
-        if k > source.shape[0]:
-            raise InputError(f"n_samples={source.shape[0]} should be >= n_clusters={k}.")
-        seed = _seed(self.random_state)
-        init, n_init = self._starts(X, rows, seed)
+        told = group.gather((source.shape[0], own_seed))
+        n, seed = sum(count for count, _ in told), told[0][1]
+        with in_all(group):
+            if k > n:
+                raise InputError(f"n_samples={n} should be >= n_clusters={k}.")
+            init, n_init = self._starts(X, rows, seed, group)
         fit = fit_kmeans(
             source,
             k,
@@ -156,13 +174,15 @@ class KMeans(ScikitLearn):
             max_iter=int(self.max_iter),
             tol=float(self.tol),
             seed=seed,
-            weights=read_weights(sample_weight, source),
+            weights=read_weights(sample_weight, source, group),
             precision=self.precision,
             backend=self.backend,
-            memory_limit=self.memory_limit,
-            tell=print if self.verbose else None,
+            memory_limit=rows.left_of(self.memory_limit),
+            tell=print if self.verbose and group.rank == 0 else None,
+            group=group,
         )
-        found = int(fit.labels.unique().numel())
+        taken = torch.bincount(fit.labels, minlength=k)
+        found = int((group.all_reduce(taken) > 0).sum())
         if found < k:
             from sklearn.exceptions import ConvergenceWarning
 
@@ -175,15 +195,16 @@ class KMeans(ScikitLearn):
         self.cluster_centers_ = rows.back(fit.centroids)
         self.labels_ = rows.back(fit.labels)
         self.inertia_, self.n_iter_ = fit.inertia, fit.n_iter
-        self.fit_report_ = fit
+        self.fit_report_ = replace(fit, rows=rows.how)
         return self
 
     def predict(self, X: Any) -> Any:
         """The nearest centroid of each row of ``X`` (n, d): int32 (n,)."""
-        rows, centroids = self._known(X)
+        rows, centroids = self._known(unshared(X)[0])
         backend = self._backend(rows.source)
         with full_precision(rows.source.device):
-            return rows.back(nearest(rows.source, centroids, backend, self.precision, self.memory_limit))
+            limit = rows.left_of(self.memory_limit)
+            return rows.back(nearest(rows.source, centroids, backend, self.precision, limit))
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """``fit(X)``, then its labels: int32 (n,)."""
@@ -191,8 +212,10 @@ class KMeans(ScikitLearn):
 
     def transform(self, X: Any) -> Any:
         """Distances of the rows of ``X`` (n, d) to the centroids, in their type: (n, n_clusters)."""
+        X = unshared(X)[0]
         rows, centroids = self._known(X)
-        out = torch.empty(rows.source.shape[0], len(centroids), dtype=centroids.dtype, device=centroids.device)
+        # Where it is wanted: the device that rows are streamed to may have no room for it.
+        out = torch.empty(rows.source.shape[0], len(centroids), dtype=centroids.dtype, device=rows.home)
         with full_precision(rows.source.device):
             for part, dist2 in dist2_to_all(rows.source, centroids):
                 out[part] = dist2.sqrt_()
@@ -204,12 +227,17 @@ class KMeans(ScikitLearn):
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Minus the inertia of ``X`` (n, d) with these centroids."""
-        rows, centroids = self._known(X)
+        X, group = unshared(X)
+        with in_all(group):
+            rows, centroids = self._known(X)
         source = rows.source
-        weights = read_weights(sample_weight, source)
+        weights = read_weights(sample_weight, source, group)
         with full_precision(source.device):
-            labels = nearest(source, centroids, self._backend(source), self.precision, self.memory_limit)
-            return -total(distances(source, centroids, labels), weights)
+            with in_all(group):
+                limit = rows.left_of(self.memory_limit)
+                labels = nearest(source, centroids, self._backend(source), self.precision, limit)
+                dist2 = distances(source, centroids, labels)
+            return -total(dist2, weights, Block.of(source.shape[0], group))
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Names of the columns of `transform`: ``kmeans0``, ``kmeans1`` and so on."""
@@ -249,7 +277,7 @@ class KMeans(ScikitLearn):
             from sklearn.utils.validation import _check_feature_names
 
             _check_feature_names(self, X, reset=reset)
-        rows = read_rows(X, self.device, type(self).__name__)
+        rows = read_rows(X, self.device, type(self).__name__, self.memory_limit)
         d = rows.source.shape[1]
         if reset:
             self.n_features_in_ = d
@@ -277,19 +305,23 @@ class KMeans(ScikitLearn):
         n, d = source.shape
         return choose(self.backend, Problem(n, d, len(self.cluster_centers_), source.dtype, source.device))[0]
 
-    def _starts(self, X: Any, rows: Rows, seed: int) -> tuple[str | list[torch.Tensor], int]:
+    def _starts(self, X: Any, rows: Rows, seed: int, group: Group) -> tuple[str | list[torch.Tensor], int]:
         """What the restarts begin with, and how many there are."""
         named, source = isinstance(self.init, str), rows.source
-        if named and self.init not in ("k-means++", "random"):
+        if named and self.init not in INITS:
             raise InputError(
-                f"The 'init' parameter of {type(self).__name__} must be 'k-means++', 'random', a callable or an array. "
-                f"Got {self.init!r} instead."
+                f"The 'init' parameter of {type(self).__name__} must be {', '.join(map(repr, INITS))}, a callable "
+                f"or an array. Got {self.init!r} instead."
             )
-        once = self.init == "k-means++" if named else not callable(self.init)
+        once = self.init != "random" if named else not callable(self.init)
         n_init = (1 if once else 10) if self.n_init == "auto" else int(self.n_init)
         if named:
             return self.init, n_init
         if callable(self.init):
+            if group.size > 1:
+                raise InputError(
+                    "a callable 'init' sees the rows of one process alone, and these rows are shared: give an array"
+                )
             state = np.random.RandomState(seed % 2**32)
             # A table or a list reaches it as an array, as in scikit-learn.
             array = rows.back(source.x) if isinstance(source, TensorSource) else X

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from gpuclust.cluster.backends.base import Backend
-from gpuclust.cluster.distributed import Group
-from gpuclust.cluster.exact import assign_exactly, reference_dist2
+from gpuclust.cluster.distributed import Block, Group
+from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
+from gpuclust.cluster.sketch import Sketches
 from gpuclust.cluster.source import ChunkSource, block_rows
 from gpuclust.cluster.sums import Grid, power_of_two, total, tree_sum
 
@@ -48,15 +49,15 @@ class Work:
     """What the passes did: assignments in all, and how many of them the reference distance decided."""
 
     assigned: int = 0
-    rechecked: int = 0
+    rechecked: int | torch.Tensor = 0  # on the device, where it is read once, at the end
 
     @property
     def recheck_share(self) -> float:
-        return self.rechecked / max(1, self.assigned)
+        return int(self.rechecked) / max(1, self.assigned)
 
 
 class Weights:
-    """Weights of the rows, float64 (n,), split so that their sums are exact, too.
+    """Weights of the rows, float64 (n,), split so that their sums are exact, too; unit and grid are of all processes.
 
     Attributes
     ----------
@@ -68,12 +69,14 @@ class Weights:
         The least of them that is above 0.
     """
 
-    def __init__(self, weights: torch.Tensor) -> None:
-        self.unit = power_of_two(weights)
+    def __init__(self, weights: torch.Tensor, block: Block | None = None) -> None:
+        block = block or Block.alone(weights.numel())
+        self.unit = power_of_two(weights, block)
         self.values = values = weights / self.unit
-        lost = bool(((values > 0) != (weights > 0)).any())
-        self.lightest = math.ulp(0.0) if lost else values[values > 0].amin().item()
-        grid = Grid.of(values.amax().reshape(1), values.numel(), torch.float64, self.lightest)
+        # What has weight and lost it in this unit counts as the lightest that there can be.
+        above = torch.where(values > 0, values, math.inf).masked_fill((values == 0) & (weights > 0), math.ulp(0.0))
+        self.lightest = -block.max(-above.amin()).item()
+        grid = Grid.of(block.max(values.amax()).reshape(1), block.n, torch.float64, self.lightest)
         self._parts = [part[:, 0] for part in grid.split(values[:, None])]
 
     def per_cluster(self, labels: torch.Tensor, k: int) -> torch.Tensor:
@@ -95,6 +98,8 @@ class Lloyd:
     weights : Weights or None
     chunk_rows : Callable[[int], int]
         Rows of a chunk for a number of active restarts. The result does not depend on it.
+    budget_bytes : int
+        For what may be kept to save time. The result does not depend on it.
     max_iter : int
     tol : float
         Movement of the centroids (as in ``Solution.shifts``) at which a restart ends.
@@ -109,6 +114,7 @@ class Lloyd:
         group: Group,
         weights: Weights | None,
         chunk_rows: Callable[[int], int],
+        budget_bytes: int,
         *,
         max_iter: int,
         tol: float,
@@ -119,6 +125,7 @@ class Lloyd:
         self.max_iter, self.tol, self.precision = max_iter, tol, precision
         self.norms = moments.frame.norms(moments.dist2)
         self.work = Work()
+        self.sketches = Sketches(backend, source, moments, self.norms, budget_bytes // 4)
 
     def run(self, centroids: torch.Tensor) -> list[Solution]:
         """Iterate from ``centroids`` (r, k, d), which are overwritten, to a solution per restart."""
@@ -130,6 +137,7 @@ class Lloyd:
         solutions: dict[int, Solution] = {}
         active, closing = list(range(r)), [False] * r
         shifts: list[list[float]] = [[] for _ in range(r)]
+        self.sketches.restart()
         passes = 0
         while active:
             changed = self.group.all_reduce(self._pass(centroids, labels, sums, counts, first=passes == 0)).tolist()
@@ -162,21 +170,40 @@ class Lloyd:
         self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor, *, first: bool
     ) -> torch.Tensor:
         """Label all rows and bring the sums up to date: how many labels of each restart changed, int64 (r,)."""
-        r = len(centroids)
-        operand = self.moments.frame.operand(centroids, self.source.dtype)
-        changed = torch.zeros(r, dtype=torch.int64, device=centroids.device)
-        for start, x in self.source.chunks(self.chunk_rows(r)):
-            part = slice(start, start + x.shape[0])
-            old, new = labels[:, part], labels.new_empty(r, x.shape[0])
-            self.work.rechecked += assign_exactly(
-                self.backend, x, self.norms[part], centroids, operand, new, self.precision
-            )
-            changed += (new != old).sum(1)
-            weights = None if self.weights is None else self.weights.values[part]
-            self.backend.accumulate(x, weights, self.moments.grid, new, None if first else old, sums, counts)
-            labels[:, part] = new
+        operand = self.backend.prepare(self.moments.frame, centroids, self.source.dtype)
         self.work.assigned += labels.numel()
-        return changed
+        new = torch.empty_like(labels)
+        rechecked = self.sketches.assign(operand, new, self.precision)
+        if rechecked is not None:
+            self.work.rechecked += rechecked
+            changed = new != labels
+            moved = changed.any(0).nonzero()[:, 0]
+            for some in moved.split(self.chunk_rows(len(labels))) if len(moved) else ():
+                self._account(self.source.take(some), some, new[:, some], labels[:, some], sums, counts)
+            labels.copy_(new)
+            return changed.sum(1)
+        count = torch.zeros(len(labels), dtype=torch.int64, device=centroids.device)
+        for start, x in self.source.chunks(self.chunk_rows(len(labels))):
+            part = slice(start, start + x.shape[0])
+            old, found = labels[:, part], new[:, part]
+            self.work.rechecked += self.backend.assign(x, self.norms[part], operand, found, self.precision)
+            count += (found != old).sum(1)
+            self._account(x, part, found, None if first else old, sums, counts)
+            old.copy_(found)
+        return count
+
+    def _account(
+        self,
+        x: torch.Tensor,
+        which: slice | torch.Tensor,
+        new: torch.Tensor,
+        old: torch.Tensor | None,
+        sums: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        """Bring the sums up to date with labels (r, b) of the rows ``x``; ``which`` of all rows they are."""
+        weights = None if self.weights is None else self.weights.values[which]
+        self.backend.accumulate(x, weights, self.moments.grid, new, old, sums, counts)
 
     def _masses(self, labels: torch.Tensor, counts: torch.Tensor, k: int) -> torch.Tensor:
         """Weight of each cluster, over all processes, float64 (r, k)."""
@@ -232,7 +259,8 @@ class Lloyd:
 
     def _inertia(self, centroids: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
         """T - 2 sum_j (c_j - m) . (S_j - n_j m) + sum_j n_j ||c_j - m||^2, free of any order."""
-        spread = self.moments.spread if self.weights is None else total(self.moments.dist2, self.weights.values)
+        known, weights = self.moments, self.weights
+        spread = known.spread if weights is None else total(known.dist2, weights.values, known.block)
         moved = centroids.double() - self.moments.mean
         cross = (sums.sum(0) - mass[:, None] * self.moments.mean).mul_(moved)
         cross = cross.mul_(-2.0).add_(moved.square_().mul_(mass[:, None]))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gpuclust.cluster.distributed import Block, in_all
 from gpuclust.cluster.exact import Frame, reference_dist2
 from gpuclust.cluster.source import ChunkSource, block_rows
 from gpuclust.cluster.sums import Grid, total
@@ -15,16 +16,18 @@ from gpuclust.errors import InputError
 
 @dataclass(frozen=True)
 class Moments:
-    """The rows of a source, summed up in a way that does not depend on chunks.
+    """The rows of a source, summed up in a way that does not depend on chunks; of all processes, but for ``dist2``.
 
     Attributes
     ----------
+    block : Block
+        Which of the rows of all processes the source has.
     mean : float64 (d,)
         Mean of the rows without weights, rounded to the type of the centroids.
     dist2 : float64 (n,)
-        Reference distance of each row to the mean.
+        Reference distance of each row of the source to the mean.
     spread : float
-        Sum of ``dist2``.
+        Sum of ``dist2`` over the rows of all processes.
     largest : float
         The largest absolute value.
     grid : Grid
@@ -33,6 +36,7 @@ class Moments:
         Of the float32 passes over the rows.
     """
 
+    block: Block
     mean: torch.Tensor
     dist2: torch.Tensor
     spread: float
@@ -41,7 +45,7 @@ class Moments:
     frame: Frame
 
     @classmethod
-    def of(cls, source: ChunkSource, lightest: float | None = None) -> Moments:
+    def of(cls, source: ChunkSource, lightest: float | None = None, block: Block | None = None) -> Moments:
         """Read the source three times; ``lightest`` is the least weight above 0 where rows have weights, of at most 1.
 
         Raises
@@ -50,33 +54,37 @@ class Moments:
             For NaN and infinity (the first of them is named), and for values whose squares leave float64's range.
         """
         n, d = source.shape
+        block = block or Block.alone(n)
         rows = block_rows(d, source.device)
         largest = torch.zeros(d, dtype=torch.float64, device=source.device)
-        for start, x in source.chunks(rows):
-            torch.maximum(largest, largest_per_column(x, start), out=largest)
-        plain = Grid.of(largest, n, source.dtype)
+        with in_all(block.group):
+            for start, x in source.chunks(rows):
+                torch.maximum(largest, largest_per_column(x, block.first + start), out=largest)
+        largest = block.max(largest)
+        plain = Grid.of(largest, block.n, source.dtype)
         sums = torch.zeros(plain.levels, d, dtype=torch.float64, device=source.device)
         for _, x in source.chunks(rows):
             for level, terms in enumerate(plain.split(x.double())):
                 sums[level] += terms.sum(0)
-        mean = (sums.sum(0) / n).to(centroid_dtype(source.dtype)).double()
+        mean = (block.sum(sums).sum(0) / block.n).to(centroid_dtype(source.dtype)).double()
         dist2 = torch.empty(n, dtype=torch.float64, device=source.device)
         for start, x in source.chunks(rows):
             dist2[start : start + x.shape[0]] = reference_dist2(x, mean)
-        far2, most = dist2.amax().item(), largest.amax().item()
+        far2, most = block.max(dist2.amax()).item(), largest.amax().item()
         # Four times the farthest bounds any distance between two rows; sums of n of them must stay finite.
-        if not math.isfinite(8 * far2 * n):
+        if not math.isfinite(8 * far2 * block.n):
             raise InputError(
                 f"values up to {most:.3g} are too large: their squared distances overflow float64; scale X"
             )
-        spread = total(dist2)
+        spread = total(dist2, None, block)
         return cls(
+            block,
             mean,
             dist2,
             spread,
             most,
-            plain if lightest is None else Grid.of(largest, n, torch.float64, lightest),
-            Frame.of(source.dtype, mean, most, spread / n, far2),
+            plain if lightest is None else Grid.of(largest, block.n, torch.float64, lightest),
+            Frame.of(source.dtype, mean, most, spread / block.n, far2),
         )
 
 

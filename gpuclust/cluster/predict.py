@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from gpuclust.cluster.backends.base import Backend
-from gpuclust.cluster.exact import Frame, assign_exactly, reference_dist2
+from gpuclust.cluster.exact import Frame, reference_dist2
 from gpuclust.cluster.moments import centroid_dtype, largest_per_column
 from gpuclust.cluster.source import ChunkSource, block_rows, chunk_rows
 
@@ -37,8 +37,8 @@ def nearest(
         dist2 = reference_dist2(x, centre)
         frame = Frame.of(source.dtype, centre, largest, dist2.mean().item(), dist2.amax().item())
         found = labels[:, start : start + x.shape[0]]
-        operand = frame.operand(centroids[None], source.dtype)
-        assign_exactly(backend, x, frame.norms(dist2), centroids[None], operand, found, precision)
+        operand = backend.prepare(frame, centroids[None], source.dtype)
+        backend.assign(x, frame.norms(dist2), operand, found, precision)
     return labels[0]
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 
 from gpuclust.cluster.backends.base import SLICE
+from gpuclust.cluster.distributed import Block
 from gpuclust.config import environment
 
-# Bytes of scores that a pass holds at a time: what a processor's cache takes, or what keeps a GPU busy.
-_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# Bytes of scores that are held at a time: what a processor's cache takes, or what keeps a GPU busy.
+_PIECE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+# Pieces of a chunk.
+_PIECES = 16
+# Bytes of rows that are on their way to a device, or out of a file, at a time.
+_STAGE_BYTES = 64 << 20
 # Values whose float64 copy is cheap to hold: it stays in a processor's cache, or fills a GPU.
 _BLOCK_VALUES = {"cuda": 1 << 24}
 # Rows that share one reading of what they are multiplied with.
@@ -24,9 +29,14 @@ class ChunkSource(Protocol):
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    # Whether the rows lie on the device, so that `take` costs no more than the rows that it takes.
+    resident: bool
 
     def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield ``(start, x)`` with ``x`` of shape ``(b, d)``, ``b <= rows``, for all rows in order."""
+        """Yield ``(start, x)`` with ``x`` of shape ``(b, d)``, ``b <= rows``, for all rows in order.
+
+        ``x`` is only read, and only until the next is asked for: its memory may be used again.
+        """
         ...
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
@@ -36,6 +46,8 @@ class ChunkSource(Protocol):
 
 class TensorSource:
     """The rows of a tensor ``(n, d)``, on whatever device, of whatever strides. Chunks are views: nothing is copied."""
+
+    resident = True
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x
@@ -49,6 +61,33 @@ class TensorSource:
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         return self.x.index_select(0, index)
+
+
+class WatchedSource:
+    """The rows of another source; ``tell`` hears of every chunk that is handed out: its first row and their number."""
+
+    def __init__(self, source: ChunkSource, tell: Callable[[int, int], None]) -> None:
+        self._source, self._tell = source, tell
+        self.shape, self.dtype, self.device, self.resident = source.shape, source.dtype, source.device, source.resident
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+        for start, x in self._source.chunks(rows):
+            self._tell(start, x.shape[0])
+            yield start, x
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        return self._source.take(index)
+
+
+def take_rows(source: ChunkSource, block: Block, index: torch.Tensor) -> torch.Tensor:
+    """The rows with these numbers (m,) among the rows of all processes, to the bit: (m, d) in every process."""
+    if block.group.size == 1:
+        return source.take(index)
+    here, local = block.place(index)
+    rows = torch.zeros(len(index), source.shape[1], dtype=source.dtype, device=source.device)
+    rows[here] = source.take(local)
+    # One process has the bytes of a row, the others zeros.
+    return block.sum(rows.view(torch.uint8)).view(source.dtype)
 
 
 def block_rows(d: int, device: torch.device) -> int:
@@ -67,10 +106,20 @@ def tiles(rows: int, d: int, device: torch.device) -> Iterator[slice]:
     return (slice(start, min(d, start + width)) for start in range(0, d, width))
 
 
-def chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
-    """Rows of a chunk of width ``d`` whose scores, with ``clusters`` in all, fit the chunk's bytes, and a slice of
-    which is no more than eight times that as float64. GPUCLUST_CHUNK_BYTES sets them; no result depends on them."""
-    size = environment().chunk_bytes or _CHUNK_BYTES.get(device.type, 64 << 20)
-    if memory_limit is not None:
-        size = min(size, memory_limit // 4)
+def piece_rows(clusters: int, d: int, device: torch.device) -> int:
+    """Rows of width ``d`` whose scores, with ``clusters`` in all, are cheap to hold, and a slice of which is no more
+    than eight times that as float64. GPUCLUST_CHUNK_BYTES sets the bytes of the scores; no result depends on them."""
+    size = environment().chunk_bytes or _PIECE_BYTES.get(device.type, 64 << 20)
     return max(16, min(size // (4 * clusters), size // min(d, SLICE)))
+
+
+def chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+    """Rows of a chunk: so many pieces that what is done once for a chunk costs little."""
+    rows = _PIECES * piece_rows(clusters, d, device)
+    return rows if memory_limit is None else max(16, min(rows, memory_limit // (16 * max(clusters, min(d, SLICE)))))
+
+
+def stage_bytes(memory_limit: int | None = None) -> int:
+    """Bytes of one of the two buffers that rows pass through; GPUCLUST_CHUNK_BYTES sets them, too."""
+    size = environment().chunk_bytes or _STAGE_BYTES
+    return size if memory_limit is None else min(size, memory_limit // 8)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gpuclust.cluster.distributed import Block
 from gpuclust.errors import InputError
 
 _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -37,9 +38,10 @@ def tree_sum(values: torch.Tensor) -> torch.Tensor:
     return values[..., 0].clone()
 
 
-def power_of_two(values: torch.Tensor) -> float:
+def power_of_two(values: torch.Tensor, block: Block | None = None) -> float:
     """The power of two that brings the largest of the values, which is above 0, to between 1/2 and 1."""
-    return float(math.ldexp(1.0, math.frexp(values.amax().item())[1]))
+    largest = values.amax() if block is None else block.max(values.amax())
+    return float(math.ldexp(1.0, math.frexp(largest.item())[1]))
 
 
 def power_above(largest: torch.Tensor) -> torch.Tensor:
@@ -102,11 +104,18 @@ class Grid:
         return parts
 
 
-def total(values: torch.Tensor, weights: torch.Tensor | None = None) -> float:
+def total(values: torch.Tensor, weights: torch.Tensor | None = None, block: Block | None = None) -> float:
     """The sum of finite float64 values (n,), times weights of any unit, free of any order; within 2**-50 of its largest
-    term times n."""
+    term times n. With a block, the sum over the rows of all processes."""
     if weights is not None:
-        unit = power_of_two(weights)
-        return total(values * (weights / unit)) * unit
-    grid = Grid.of(values.abs().amax().reshape(1), values.numel(), torch.float64)
-    return sum(part.sum().item() for part in grid.split(values[:, None]))
+        unit = power_of_two(weights, block)
+        return total(values * (weights / unit), None, block) * unit
+    return totals(values[None], block)[0]
+
+
+def totals(values: torch.Tensor, block: Block | None = None) -> list[float]:
+    """The `total` of each row of finite float64 values (r, n)."""
+    block = block or Block.alone(values.shape[1])
+    grid = Grid.of(block.max(values.abs().amax(1)), block.n, torch.float64)
+    parts = block.sum(torch.stack([part.sum(0) for part in grid.split(values.t())]))
+    return [sum(levels) for levels in parts.t().tolist()]

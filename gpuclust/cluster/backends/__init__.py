@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from gpuclust.cluster.backends.base import Backend, Problem
-from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.errors import UnavailableError
 
 # Known by name and not part of this version: asked for, they are an error; ``auto`` records why they did not run.
@@ -12,6 +11,8 @@ ORDER = ("cupy", "triton", "torch")
 
 
 def _backends() -> dict[str, Backend]:
+    from gpuclust.cluster.backends.torch import TorchBackend
+
     return {"torch": TorchBackend()}
 
 

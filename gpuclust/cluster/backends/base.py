@@ -7,11 +7,14 @@ Problem -> choice -> launch are three separate things: a `Problem` is plain data
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from gpuclust.cluster.sums import Grid
+
+if TYPE_CHECKING:
+    from gpuclust.cluster.exact import Frame
 
 # Products are summed over at most so many features before these partial sums are added: the worst-case error of a
 # float32 sum grows with its length, so the bound of `gpuclust.cluster.exact` stays narrow for any width.
@@ -34,38 +37,42 @@ class Problem:
 
 @dataclass(frozen=True)
 class Operand:
-    """The centroids of all restarts, prepared for a pass in float32.
+    """The centroids of all restarts, prepared for a pass (`gpuclust.cluster.exact.Frame.operand`).
 
-    With m the centre, s the scale, and x^ = (x - m_x) s the row as the pass sees it, the score of row i and centroid j,
+    With m the centre, s the scale, and x^ = (x - m) s the row as the pass sees it, the score of row i and centroid j,
     ``bias_j + x^_i . matrix_j``, is the squared distance less a term that is the same for all centroids; it is
-    within ``a_i slope_j + margin_j`` of its exact value, where a_i bounds ||x^_i||.
+    within ``a_i slope_j + margin_j`` of its exact value, where a_i bounds ||x_i - m|| times the scale of the frame.
 
     Attributes
     ----------
-    matrix : float32 (r * k, d)
+    centroids : (r, k, d)
+        As they are returned.
+    matrix : (r * k, d), dtype of the arithmetic
         -2 (c - m) s, rounded.
     high, low : float32 (r * k, 1)
         Bias plus and minus ``margin``.
     slope : float32 (r * k, 1)
     shift : (d,) in the type of the pass, or None
-        m_x s, where rows must be converted; None where they are used as they are stored.
+        m s, where rows must be converted; None where they are used as they are stored.
     scale : float
         s, a power of two.
-    restarts, k : int
     """
 
+    centroids: torch.Tensor
     matrix: torch.Tensor
     high: torch.Tensor
     low: torch.Tensor
     slope: torch.Tensor
     shift: torch.Tensor | None
     scale: float
-    restarts: int
-    k: int
 
 
 class Candidates(NamedTuple):
-    """The centroids that a pass could not tell apart: parallel int64 tensors (p,), sorted by row, then restart."""
+    """The centroids that a pass could not tell apart: parallel int64 tensors (p,), sorted by row, then restart.
+
+    For every (row, restart) whose label is not certain, all centroids that can be the nearest: all k of them where a
+    score is not a number.
+    """
 
     row: torch.Tensor
     restart: torch.Tensor
@@ -73,7 +80,7 @@ class Candidates(NamedTuple):
 
 
 class Backend(Protocol):
-    """One implementation of the steps. ``gpuclust.cluster.exact`` makes of its proposals what is exact."""
+    """One implementation of the steps; ``gpuclust.cluster.exact`` has what its labels must be, and how to be sure."""
 
     name: str
 
@@ -85,26 +92,30 @@ class Backend(Protocol):
         """None if the backend can solve ``problem`` here, else the reason why not."""
         ...
 
+    def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:
+        """The centroids (r, k, d) for passes over rows of ``dtype``, in the arithmetic that the backend computes in."""
+        ...
+
     def assign(
-        self, x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor, certify: bool
-    ) -> Candidates | None:
-        """Propose the nearest centroid of each row in each restart.
+        self, x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor, precision: str
+    ) -> torch.Tensor:
+        """Label each row in each restart.
 
         Parameters
         ----------
         x : (b, d), as stored
         norms : float32 (b,)
-            Upper bounds of ||x^_i||.
+            `Frame.norms` of the rows.
         operand : Operand
+            What `prepare` made of the centroids.
         labels : int32 (r, b), out
-        certify : bool
-            With False, ``labels`` is the least score and None is returned.
+        precision : {"exact", "fast"}
+            "exact": the nearest by the reference distance, and the lowest index of a tie. "fast": the least score.
 
         Returns
         -------
-        Candidates
-            For every (row, restart) whose label is not certain, all centroids that can be the nearest; ``labels`` is
-            not valid there. A score that is not a number makes all k of them candidates.
+        int64 ()
+            How many labels the reference distance decided. On the device: nothing needs to wait for it.
         """
         ...
 

@@ -1,0 +1,197 @@
+"""Sketch: the rows in a few dimensions, in which most labels can be told for certain at a part of a pass's price.
+
+The centroids of all restarts lie close to a space of few dimensions, and after the first iterations they hardly leave
+it. Let Q (d, m) be an orthonormal basis of such a space, x~ = (x - m) s a row, c~ a centroid, y = Q^T x~ and
+z = Q^T c~. Then x~ . c~ is y . z within
+
+    ||x~ - Q y|| ||c~ - Q z|| + e ||x~|| ||c~||,
+
+by Cauchy-Schwarz; e bounds what Q lacks of being orthonormal and the rounding of y, which is formed in float64. So a
+pass over y (n, m), with the first term as one more share of the bound of `gpuclust.cluster.exact`, certifies most
+labels; the few rows that it leaves open are read in full. No label depends on whether there was a sketch.
+
+Where the data has no such space the sketch leaves many rows open, and `Sketches` goes without. The bound is that of
+dimension reduction before nearest neighbours; that it holds for a basis of the centroids rather than of the rows, and
+may therefore be so short, is used here as in Drineas et al., "Clustering large graphs via the singular value
+decomposition", Machine Learning 56, 2004, which clusters in the space of the leading singular vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from gpuclust.cluster.backends.base import Backend, Operand
+from gpuclust.cluster.backends.torch import propose
+from gpuclust.cluster.exact import FLOAT32, bounded, relative_error
+from gpuclust.cluster.moments import Moments
+from gpuclust.cluster.source import ChunkSource, block_rows, piece_rows, tile_rows, tiles
+
+# Below so many values of X a pass costs less than the care for a sketch; with fewer rows, the centroids' own sketch.
+_LEAST_VALUES, _LEAST_ROWS = 1 << 20, 1 << 12
+# Dimensions of a sketch at most, and the share of d that they may be.
+_MOST, _SHARE = 64, 12
+# Fewer dimensions are not worth a pass.
+_FEWEST = 4
+# Rows on which a sketch is tried, and the part of a pass's price that it may cost.
+_SAMPLE, _WORTH = 512, 0.4
+# Passes before the first sketch: until then the centroids move too far.
+_FIRST = 2
+# What a row's distance to the space counts as at least, as a share of its distance to the mean.
+_FLOOR = 2.0**-4
+
+
+class Sketch:
+    """Rows in the space, of ``most`` dimensions or fewer, of some centroids (r, k, d)."""
+
+    def __init__(self, source: ChunkSource, moments: Moments, centroids: torch.Tensor, most: int) -> None:
+        self.source, self.moments, self.frame = source, moments, moments.frame
+        self.basis = self._basis(centroids, most)
+        d, m = self.basis.shape
+        product = self.basis.t() @ self.basis
+        product.diagonal().sub_(1)
+        self.error = torch.linalg.vector_norm(product).item() + (m + 4) * (d + 4) * 2.0**-52
+        self.rows = self.norms = torch.empty(0)
+
+    def read(self) -> None:
+        """Sketch all rows: ``rows`` float32 (n, m), and ``norms`` float32 (n,), what bounds are multiplied with."""
+        (n, d), device = self.source.shape, self.source.device
+        self.rows = torch.empty(n, self.basis.shape[1], dtype=torch.float32, device=device)
+        self.norms = torch.empty(n, dtype=torch.float32, device=device)
+        for start, x in self.source.chunks(tile_rows(d, device)):
+            part = slice(start, start + x.shape[0])
+            self.rows[part], self.norms[part] = self.of(x, self.moments.dist2[part])
+
+    def of(self, x: torch.Tensor, dist2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sketch of rows (b, d) and their norms."""
+        y = torch.zeros(x.shape[0], self.basis.shape[1], dtype=torch.float64, device=x.device)
+        for span in tiles(tile_rows(x.shape[1], x.device), x.shape[1], x.device):
+            y.addmm_(self._moved(x[:, span], span), self.basis[span])
+        length = dist2.sqrt() * self.frame.scale
+        left = length.square() * (1 + self.error) - y.square().sum(1) * (1 - self.error)
+        # At least a share of the length, so that this one number bounds the rounding, too.
+        far = torch.maximum(left.clamp_(min=0).sqrt_(), _FLOOR * length)
+        return y.float(), (far * (1 + 2.0**-20) + 2.0**-100).float()
+
+    def open_share(self, operand: Operand) -> float:
+        """The share of labels that the sketch leaves open, on a sample of the rows."""
+        n = self.source.shape[0]
+        some = torch.arange(0, n, max(16, n // _SAMPLE), device=self.source.device)
+        labels = torch.empty(len(operand.centroids), len(some), dtype=torch.int32, device=some.device)
+        row, restart, _ = propose(*self.of(self.source.take(some), self.moments.dist2[some]), operand, labels)
+        return torch.unique_consecutive(row * len(labels) + restart).numel() / labels.numel()
+
+    def _moved(self, values: torch.Tensor, span: slice = slice(None)) -> torch.Tensor:
+        """Values (p, w) of a span of the features as float64, centred and scaled."""
+        return (values.double() - self.frame.centre[span]).mul_(self.frame.scale)
+
+    def _basis(self, centroids: torch.Tensor, most: int) -> torch.Tensor:
+        moved = self._moved(centroids.flatten(0, 1))
+        vectors = torch.linalg.eigh(moved @ moved.t()).eigenvectors
+        leading = moved.t() @ vectors[:, -most:]
+        return torch.linalg.qr(leading / torch.linalg.vector_norm(leading, dim=0).clamp(min=2.0**-500)).Q
+
+    def operand(self, centroids: torch.Tensor) -> Operand:
+        """The centroids (r, k, d) for a pass over the sketch."""
+        flat = centroids.flatten(0, 1)
+        z = torch.empty(len(flat), self.basis.shape[1], dtype=torch.float64, device=flat.device)
+        square, left = z.new_empty(len(flat)), z.new_empty(len(flat))
+        size = block_rows(flat.shape[1], flat.device)
+        for start in range(0, len(flat), size):
+            part = slice(start, start + size)
+            moved = self._moved(flat[part])
+            square[part] = torch.linalg.vecdot(moved, moved)
+            z[part] = moved @ self.basis
+            moved.addmm_(z[part], self.basis.t(), alpha=-1.0)
+            left[part] = torch.linalg.vector_norm(moved, dim=1)
+        length = square.sqrt()
+        rounding = relative_error(z.shape[1], FLOAT32) + 4 * FLOAT32.rounding + 2 * self.error
+        slope = 2 * (left + length * (self.error + rounding / _FLOOR))
+        return bounded(centroids, (z * -2.0).float(), square, slope, self.frame.margin(square, flat.shape[1]))
+
+
+class Sketches:
+    """When a sketch is made, used, made anew, and done without; times are in passes over all rows and centroids."""
+
+    def __init__(
+        self, backend: Backend, source: ChunkSource, moments: Moments, norms: torch.Tensor, budget_bytes: int
+    ) -> None:
+        self.backend, self.source, self.moments, self.norms = backend, source, moments, norms
+        self.budget_bytes = budget_bytes
+        n, d = source.shape
+        self.most = min(_MOST, d // _SHARE, budget_bytes // (4 * n) - 1)
+        self.possible = (
+            source.device.type == "cpu"
+            and source.resident
+            and n * d >= _LEAST_VALUES
+            and n >= _LEAST_ROWS
+            and self.most >= _FEWEST
+            and moments.frame.far2 >= 2.0**-900
+        )
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what other restarts needed."""
+        self.sketch: Sketch | None = None
+        self.start, self.wait, self.passes = _FIRST, 4, 0
+        self.lost = self.first = 0.0
+
+    def assign(self, operand: Operand, labels: torch.Tensor, precision: str) -> int | None:
+        """Label all rows in all restarts, ``labels`` (r, n), if a sketch pays: how many the reference distance decided,
+        else None."""
+        centroids = operand.centroids
+        self.passes += 1
+        if not self.possible or self.passes <= self.start or 16 * centroids.numel() > self.budget_bytes:
+            return None
+        # A row read alone costs more than its share of a pass that serves all restarts at once.
+        clusters = len(operand.matrix)
+        price = 1 + 3 * min(1.0, clusters / 100)
+        if self.sketch is None:
+            sketch = Sketch(self.source, self.moments, centroids, self.most)
+            if price * sketch.open_share(sketch.operand(centroids)) > _WORTH:
+                self.start, self.wait = self.passes + self.wait, 2 * self.wait
+                return None
+            sketch.read()
+            self.sketch, self.lost, self.first = sketch, 0.0, -1.0
+        open_rows = self._propose(self.sketch.operand(centroids), labels)
+        rechecked = self._read(open_rows, operand, labels, precision)
+        spent = price * sum(len(rows) for rows in open_rows) / labels.numel()
+        self.first = spent if self.first < 0 else self.first
+        self.lost += spent - self.first
+        # What is lost to the centroids' way since then would pay for a new one.
+        if spent > _WORTH or self.lost > 0.3 + 2 * self.sketch.rows.shape[1] / clusters:
+            self.sketch = None
+        return rechecked
+
+    def _propose(self, operand: Operand, labels: torch.Tensor) -> list[torch.Tensor]:
+        """Label the rows in the sketch: for each restart, the rows that are left open."""
+        assert self.sketch is not None
+        rows, norms = self.sketch.rows, self.sketch.norms
+        size = piece_rows(len(operand.matrix), rows.shape[1], rows.device)
+        r, found = len(labels), []
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            row, restart, _ = propose(rows[part], norms[part], operand, labels[:, part])
+            found.append((row + start) * r + restart)
+        pairs = torch.cat(found).unique_consecutive()
+        return [pairs[pairs % r == i] // r for i in range(r)]
+
+    def _read(self, open_rows: list[torch.Tensor], operand: Operand, labels: torch.Tensor, precision: str) -> int:
+        """Label the rows left open in each restart in a full pass: how many the reference distance decided."""
+        k, d = operand.centroids.shape[1:]
+        rechecked = 0
+        size = max(64, 16 * block_rows(d, labels.device))
+        for i, rows in enumerate(open_rows):
+            part = slice(i * k, (i + 1) * k)
+            one = replace(
+                operand,
+                centroids=operand.centroids[i : i + 1],
+                **{name: getattr(operand, name)[part] for name in ("matrix", "high", "low", "slope")},
+            )
+            for some in rows.split(size) if len(rows) else ():
+                found = labels.new_empty(1, len(some))
+                x = self.source.take(some)
+                rechecked += int(self.backend.assign(x, self.norms[some], one, found, precision))
+                labels[i, some] = found[0]
+        return rechecked

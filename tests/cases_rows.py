@@ -1,0 +1,58 @@
+"""Rows as they are streamed: chunks that come anew, mapped files, and fits that must be the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpuclust import KMeans
+
+
+class Again:
+    """Chunks that come anew in each pass; ``change`` makes another data set of the pass of a number."""
+
+    def __init__(self, chunks: list[Any], change: Callable[[int, list[Any]], list[Any]] | None = None) -> None:
+        self.chunks, self.change, self.passes = chunks, change, -2  # one look at the first chunk, one count
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        yield from self.change(self.passes, self.chunks) if self.change else self.chunks
+
+
+class OneBuffer:
+    """Chunks in one array that is filled again for each, as loaders do that save memory."""
+
+    def __init__(self, x: np.ndarray, size: int) -> None:
+        self.x, self.size = x, size
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        buffer = np.empty((self.size, self.x.shape[1]), self.x.dtype)
+        for start in range(0, len(self.x), self.size):
+            part = self.x[start : start + self.size]
+            buffer[: len(part)] = part
+            yield buffer[: len(part)]
+            buffer[:] = np.nan
+
+
+def cut(x: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """``x`` in chunks of these sizes, again and again."""
+    chunks, start, turn = [], 0, 0
+    while start < len(x):
+        size = sizes[turn % len(sizes)]
+        chunks.append(x[start : start + size])
+        start, turn = start + size, turn + 1
+    return chunks
+
+
+def mapped(folder: Path, x: np.ndarray, mode: str = "r") -> np.ndarray:
+    np.save(folder / "x.npy", x)
+    return np.load(folder / "x.npy", mmap_mode=mode)  # type: ignore[call-overload, no-any-return]
+
+
+def same(model: KMeans, other: KMeans) -> None:
+    for name in ("labels_", "cluster_centers_"):
+        np.testing.assert_array_equal(np.asarray(getattr(model, name)), np.asarray(getattr(other, name)))
+    assert (model.inertia_, model.n_iter_) == (other.inertia_, other.n_iter_)
