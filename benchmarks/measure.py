@@ -13,6 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shapes import Shape
 
 OPS = {False: "fit,assign,update", True: "assign,update,iteration,fit,seed"}
 DTYPES = ("float32", "float16")
@@ -57,7 +61,7 @@ def main(words: list[str] | None = None) -> int:
     return 0 if done == len(shapes) else 1
 
 
-def measure(shape, given: argparse.Namespace, deadline_s: float) -> int:
+def measure(shape: Shape, given: argparse.Namespace, deadline_s: float) -> int:
     """One shape, in float32 and float16, by gpuclust and every peer."""
     import torch
     from shapes import fitting, with_dtype
@@ -72,9 +76,9 @@ def measure(shape, given: argparse.Namespace, deadline_s: float) -> int:
     device = torch.device("cuda", 0) if given.device == "cuda" else torch.device("cpu")
     ceilings = ceilings_of(device)
     print(f"{shape.name}: {shape.source}\nceilings: {ceilings}", flush=True)
-    rows: list = []
+    rows: list[dict[str, Any]] = []
 
-    def tell(row: dict) -> None:
+    def tell(row: dict[str, Any]) -> None:
         rows.append(row)
         append(given.rows, [row])
 

@@ -53,7 +53,8 @@ def parts(out: Path, device: str) -> Iterator[Part]:
     else:
         yield Part("gpu-tests", (*pytest, "tests/test_ceilings.py", "tests/test_timing.py"), 110)
     if contract.exists():
-        chosen = () if device == "cuda" else ("-k", "torch", "-m", "not slow")
+        # What needs no GPU is proved where there is none.
+        chosen = ("-m", "gpu") if device == "cuda" else ("-k", "torch", "-m", "not slow and not gpu")
         yield Part("contract", (*pytest, *chosen, str(contract)), 110, None, gpu)
     rows = ("--rows", str(out / "rows.csv"), "--device", device)
     small = ("--small",) if device == "cpu" else ()
