@@ -15,7 +15,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpuclust"
 FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = ["sklearn", "pandas", "matplotlib", "torchvision", "scipy", "jinja2", "rich", "typer", "PIL"]
-OTHER_ROOMS = ["gpuclust.capture", "gpuclust.compare", "gpuclust.report", "gpuclust.demo", "gpuclust.cli"]
+OTHER_ROOMS = [
+    "gpuclust.bench",
+    "gpuclust.capture",
+    "gpuclust.compare",
+    "gpuclust.report",
+    "gpuclust.demo",
+    "gpuclust.cli",
+]
 
 
 def loaded_by(code: str) -> set[str]:
@@ -77,6 +84,15 @@ def test_cluster_imports_no_other_room(file: Path) -> None:
 def test_results_are_compared_and_shown_without_a_network(room: str) -> None:
     for file in sorted((PACKAGE / room).rglob("*.py")):
         assert not inside(imported_by(file), ["gpuclust.capture", "gpuclust.cli"]), file
+
+
+def test_only_the_command_line_knows_the_benchmarks() -> None:
+    for file in FILES:
+        if file.parent != PACKAGE / "bench" and file != PACKAGE / "cli.py":
+            assert not inside(imported_by(file), ["gpuclust.bench"]), file
+    for file in sorted((PACKAGE / "bench").glob("*.py")):
+        rooms = [room for room in OTHER_ROOMS if room != "gpuclust.bench"]
+        assert not inside(imported_by(file), [*rooms, "gpuclust.analysis", "gpuclust.prepare"]), file
 
 
 def test_only_one_file_reads_the_environment_variables() -> None:
