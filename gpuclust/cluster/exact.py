@@ -14,7 +14,8 @@ share rho and an absolute t, and whose additions round by a share v, the compute
 
 where g = (K + S) v / (1 - (K + S) v) bounds a sum of K products in any order, of which S partial sums are then added
 (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1, with Cauchy-Schwarz for the norms); rows
-used as stored round nothing, which takes one rho away; 8 u covers the rounding of the bias, of the bound itself and of
+used as stored round nothing, which takes one rho away; where the bias may be one of the terms (accumulators that start
+from it), g |bias_j| is added, with one term more in g; 8 u covers the rounding of the bias, of the bound itself and of
 the few additions around it; eta covers underflow. Tensor cores add with truncation, at most 2**-22 of the largest term
 for each product (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021). The
 reference distance is within (log2 d + 4) 2**-53 of exact, relatively, and ||x - c||^2 <= 2 (||x - m||^2 + ||c - m||^2);
@@ -53,6 +54,8 @@ class Arithmetic:
         v, the relative error of an addition, at worst.
     reads_stored : bool
         Whether float32 rows may be read as they are stored, without centring.
+    from_bias : bool
+        Whether the bias may be a term of the sum, whose additions then round it, too.
     """
 
     dtype: torch.dtype
@@ -60,6 +63,7 @@ class Arithmetic:
     tiny: float
     adding: float
     reads_stored: bool = False
+    from_bias: bool = False
 
 
 FLOAT32 = Arithmetic(torch.float32, _U, 0.0, _U, reads_stored=True)
@@ -161,7 +165,7 @@ class Frame:
             matrix[part] = (moved * -2.0).to(arithmetic.dtype)
             square[part] = torch.linalg.vecdot(moved, moved)
             bias[part] = torch.linalg.vecdot(moved, c + self.centre) if stored else square[part]
-        terms = (min(d, SLICE) + math.ceil(d / SLICE)) * arithmetic.adding
+        terms = (min(d, SLICE) + math.ceil(d / SLICE) + arithmetic.from_bias) * arithmetic.adding
         rho, tiny = arithmetic.rounding, arithmetic.tiny * math.sqrt(d)
         relative = (terms / (1 - terms) + (1 if stored else 2) * rho + rho * rho) * (1 + 4 * rho) + 8 * _U
         reference = (math.log2(d) + 4) * 2.0**-53
@@ -172,9 +176,13 @@ class Frame:
         far, lift = math.sqrt(self.far2) * scale, torch.linalg.vector_norm(self.centre).item() if stored else 0.0
         length = square.sqrt()
         slope = 2 * length * relative + 2 * tiny
+        # What leaves the range of the operands' type is infinite there: with such a centroid nothing is certain.
+        slope[2 * length * (1 + rho) >= torch.finfo(arithmetic.dtype).max] = math.nan
         # The bias itself was summed in float64: d 2**-53 of its terms' absolute values.
         summed = d * 2.0**-52 * (square + 2 * length * lift)
         margin = 8 * _U * bias.abs() + summed + 4 * reference * (square + far * far) + underflow
+        if arithmetic.from_bias:
+            margin += terms / (1 - terms) * bias.abs()
         # ||x^|| is at most ||x - m|| s, and ||m|| more where rows are used as stored.
         margin += slope * lift + 2 * tiny * length
         inflate = 1 + 2.0**-10
