@@ -51,9 +51,9 @@ class KMeans(ScikitLearn):
     metric : {"euclidean"}
     precision : {"exact", "fast"}
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
-        the lowest index. "fast": the nearest by float32 arithmetic, unchecked.
+        the lowest index. "fast": the nearest by the arithmetic of the backend, unchecked: float32, and float16 on triton.
     solver : {"auto", "primal"}
-    backend : {"auto", "torch"}
+    backend : {"auto", "triton", "torch"}
     device : str, torch.device or None
         Where to compute; where X is by default.
     memory_limit : int or None
