@@ -1,5 +1,5 @@
-"""Triton's kernels, in its interpreter where there is no CUDA device and compiled where there is: exact labels, the torch
-backend's bits, and nothing certain that is not a number. Compiled ahead of time for devices that are not here."""
+"""Triton's kernels, in its interpreter where there is no CUDA device and compiled where there is: exact labels, the
+torch backend's bits, and nothing certain that is not a number. Compiled ahead of time for devices that are not here."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ from gpuclust.errors import UnavailableError
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# NumPy 1.25 to 2.3 say so of the interpreter of triton 3.6.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [
+    # NumPy 1.25 to 2.3 say so of the interpreter of triton 3.6.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    # The interpreter computes with NumPy, which speaks of NaN where a GPU is silent.
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
 
 
 @pytest.fixture(
@@ -100,7 +104,7 @@ def require_exact(x: torch.Tensor, centroids: torch.Tensor) -> Pass:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_are_exact_and_torchs(kind: str, dtype: torch.dtype, device: str) -> None:
-    x = rows(kind, 200, 20, dtype).to(device)
+    x = rows(kind, 140, 20, dtype).to(device)
     require_exact(x, starts(x, 70))
 
 
@@ -118,12 +122,19 @@ def test_labels_are_exact_and_torchs(kind: str, dtype: torch.dtype, device: str)
         (70, 1025, 200),
         (9, 2049, 9),
         (300, 2, 300),
-        (20, 70_001, 3),
     ],
 )
 def test_any_shape(n: int, d: int, k: int, device: str) -> None:
     x = rows("noise", n, d).to(device)
     require_exact(x, starts(x, k, 1 + (d < 1000)))
+
+
+def test_rows_of_a_wide_layer(device: str) -> None:
+    x = rows("relu", 20, 70_001).to(device)
+    made = Pass(x, starts(x, 3, 1))
+    labels, decided = made.assign()
+    assert made.wrong(labels) == 0
+    assert decided < 20
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -189,33 +200,35 @@ def test_fast_takes_the_least_score(d: int, device: str) -> None:
 # ---- fail closed
 
 
+NAN, INFINITY = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize("d", [5, 200, 1030])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("field", ["matrix", "high", "low", "slope", "norms", "x"])
-def test_what_is_not_a_number_is_not_certain(field: str, value: float, d: int, device: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "whose"),
+    [(field, value, "row") for field in ("x", "norms") for value in (NAN, INFINITY, -INFINITY)]
+    + [("matrix", NAN, "all"), ("low", NAN, "all"), ("low", -INFINITY, "all"), ("slope", NAN, "all")]
+    # An upper end counts only for the centroid that is the nearest.
+    + [("slope", INFINITY, "all"), ("high", NAN, "its own"), ("high", INFINITY, "its own")],
+)
+def test_what_is_not_a_number_is_not_certain(field: str, value: float, whose: str, d: int, device: str) -> None:
     x = rows("blobs", 70, d).to(device)
     made = Pass(x, x[None, :6])
-    spoiled = torch.zeros(70, dtype=torch.bool, device=device)
-    if field in ("norms", "x"):
-        spoiled[3] = True
-        where = made.norms if field == "norms" else x
-        where[3] = value
+    own = made.propose()[0][0] == 2
+    if whose == "row":
+        (x if field == "x" else made.norms)[3] = value
+        spoiled = torch.arange(70, device=device) == 3
     else:
         tensor = getattr(made.operand, field).clone()
         tensor[2] = value
         made.operand = replace(made.operand, **{field: tensor})
-        # An upper end counts only where the centroid is the nearest; plus infinity as a lower end is no candidate.
-        spoiled[:] = field == "matrix" or (value != value and field != "high") or value == -float("inf")
-        if (field, value) == ("low", float("inf")):
-            spoiled[:] = False
-        if field == "high":
-            spoiled[:] = made.propose()[0][0] == 2
-            spoiled &= value > 0 or value != value
-        if field == "slope":
-            spoiled[:] = value != value or value > 0
+        spoiled = own if whose == "its own" else torch.ones_like(own)
+    assert spoiled.any()
     labels, is_open = made.propose()
     assert is_open[0][spoiled].all()
     assert ((labels >= 0) & (labels < 6)).all()
+    if field not in ("x", "norms"):
+        assert made.wrong(made.assign()[0]) == 0
 
 
 def test_centroids_beyond_float16_leave_every_row_to_float32(device: str) -> None:
@@ -266,7 +279,7 @@ def require_same_sums(x: torch.Tensor, labels: torch.Tensor, k: int = 9, weighte
         found += [sums, counts]
     for ours, theirs in zip(found[:4], found[4:], strict=True):
         assert torch.equal(ours, theirs)
-    assert found[0].any()
+    assert found[0].any() or not x.any()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -287,21 +300,19 @@ def test_sums_have_torchs_bits(kind: str, dtype: torch.dtype, weighted: bool, de
         ("blobs", 300, 8, 5, torch.float32),
         ("near ties", 300, 4, 12, torch.float32),
         ("duplicates", 200, 6, 15, torch.float64),
-        ("relu", 200, 130, 7, torch.float16),
-        ("offset", 300, 5, 6, torch.bfloat16),
+        ("relu", 140, 130, 7, torch.float16),
+        ("heavy tails", 300, 5, 6, torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_fit_has_the_same_bits_as_torchs(
-    kind: str, n: int, d: int, k: int, dtype: torch.dtype, weighted: bool, device: str
-) -> None:
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_a_fit_has_the_same_bits_as_torchs(kind: str, n: int, d: int, k: int, dtype: torch.dtype, device: str) -> None:
     x = rows(kind, n, d, dtype).to(device)
-    weights = torch.arange(n, dtype=torch.float64, device=device) % 4 if weighted else None
+    weights = torch.arange(n, dtype=torch.float64, device=device) % 4 if k % 2 else None
     ours, theirs = (
-        KMeans(k, n_init=3, random_state=0, max_iter=20, backend=backend).fit(x, sample_weight=weights)
+        KMeans(k, n_init=3, random_state=0, max_iter=12, backend=backend).fit(x, sample_weight=weights)
         for backend in ("triton", "torch")
     )
-    assert ours.fit_report_["backend"] == "triton"
+    assert ours.fit_report_.backend == "triton"
     assert torch.equal(ours.labels_, theirs.labels_)
     assert torch.equal(ours.cluster_centers_, theirs.cluster_centers_)
     assert (ours.inertia_, ours.n_iter_) == (theirs.inertia_, theirs.n_iter_)

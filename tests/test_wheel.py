@@ -74,8 +74,9 @@ def test_kernels_are_found_in_the_wheel(installed: Path, tmp_path: Path) -> None
         installed,
         "python",
         "-c",
-        "import gpuclust.kernels as k, importlib.util as u\n"
-        "print(k.cuda_folder(), *(u.find_spec('gpuclust.kernels.triton.' + n).origin for n in ('assign', 'accumulate')))",
+        "import gpuclust.kernels as kernels\nfrom importlib.util import find_spec\n"
+        "found = [find_spec(f'gpuclust.kernels.triton.{name}').origin for name in ('assign', 'accumulate')]\n"
+        "print(kernels.cuda_folder(), *found)",
         cwd=tmp_path,
     )
     assert shown.returncode == 0, shown.stderr

@@ -51,7 +51,7 @@ class KMeans(ScikitLearn):
     metric : {"euclidean"}
     precision : {"exact", "fast"}
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
-        the lowest index. "fast": the nearest by the arithmetic of the backend, unchecked: float32, and float16 on triton.
+        the lowest index. "fast": the nearest by the backend's arithmetic (float32; triton's is float16), unchecked.
     solver : {"auto", "primal"}
     backend : {"auto", "triton", "torch"}
     device : str, torch.device or None

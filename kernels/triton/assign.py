@@ -16,8 +16,9 @@ shuffle) and they meet once, at the end. Wider rows do not fit beside the centro
 of centroids, which is therefore wider, and each block is folded into one best and second for each row.
 
 What is not a number leaves its row open: minimum and maximum hand NaN on, and the fold takes it as minus infinity,
-which is never certain. A product that is plus infinity because a row is (a row that changed between passes) is that for all
-centroids, or NaN or minus infinity for some; centroids beyond float16 have a bound that is no number.
+which is never certain. Plus infinity is the lower end of no row's nearest centroid: a row that is not finite (one that
+changed between passes) has it for all centroids, which is not certain either, or has NaN or minus infinity for some; a
+centroid beyond float16 has a bound that is no number (`Frame.operand`).
 """
 
 from __future__ import annotations
