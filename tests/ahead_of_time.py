@@ -19,21 +19,15 @@ from gpuclust.kernels.triton import accumulate, assign
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 VALUES = {torch.float16: "fp16", torch.bfloat16: "i16", torch.float32: "fp32", torch.float64: "fp64"}
-CASES = [
-    (torch.float32, 16),
-    (torch.bfloat16, 128),
-    (torch.float32, 1024),
-    (torch.float64, 1024),
-    (torch.float64, 4096),
-]
+CASES = [(torch.float32, 16), (torch.bfloat16, 128), (torch.float64, 1024), (torch.float16, 4096)]
 
 
 def compile_for(capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
     """The kernel with these argument types; what is not among them is a whole number or a constant."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    # As at run time: torch's memory is aligned, and so are rows whose width is a multiple of 16.
-    aligned = [name for name in names if signature[name].startswith("*") or name in ("d", "x_row")]
+    # As at run time: torch's memory is aligned, and so are rows of a multiple of 16 features.
+    aligned = [name for name in names if signature[name].startswith("*") or name in ("d", "x_row", "width")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -47,11 +41,12 @@ def facts(capability: int, kernel: Any, made: Any) -> dict[str, Any]:
         def dump(option: str) -> str:
             return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
 
-        (stack,) = re.findall(r"STACK:(\d+)", dump("--dump-resource-usage"))
+        ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
         machine = dump("--dump-sass")
     return {
         "capability": capability,
         "shared_bytes": made.metadata.shared,
+        "registers": int(registers),
         "stack_bytes": int(stack),
         "tensor_core_products": len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", machine)),
         "minima_that_keep_nan": made.asm["ptx"].count("min.NaN.f32"),
@@ -81,14 +76,13 @@ def main() -> None:
             kernel, options = assign.assign_kernel, {"num_warps": shape.warps, "num_stages": shape.stages}
             made = facts(capability, kernel, compile_for(capability, kernel, types, constants, **options))
             found.append({"kernel": "assign", "dtype": str(dtype), "d": d, "whole": shape.whole, **made})
-        for first in (True, False):
-            types = {"x": "*fp32", "plus": "*i32", "minus": "*i32"}
-            types |= dict.fromkeys(("weights", "magic", "sums", "counts"), "*fp64")
-            constants = {"x_feature": 1, "ROWS": accumulate.ROWS, "FEATURES": accumulate.FEATURES}
-            constants |= {"WEIGHTED": True, "FIRST": first}
-            kernel, options = accumulate.accumulate_kernel, {"num_warps": accumulate.WARPS, "enable_fp_fusion": False}
-            made = facts(capability, kernel, compile_for(capability, kernel, types, constants, **options))
-            found.append({"kernel": "accumulate", "first": first, **made})
+        types = {"x": "*fp32", "plus": "*i32", "minus": "*i32"}
+        types |= dict.fromkeys(("weights", "magic", "sums", "counts"), "*fp64")
+        constants = {"x_feature": 1, "ROWS": accumulate.ROWS, "FEATURES": accumulate.FEATURES}
+        constants |= {"WEIGHTED": True, "FIRST": False}
+        kernel, options = accumulate.accumulate_kernel, {"num_warps": accumulate.WARPS, "enable_fp_fusion": False}
+        made = facts(capability, kernel, compile_for(capability, kernel, types, constants, **options))
+        found.append({"kernel": "accumulate", **made})
     print(json.dumps(found))
 
 

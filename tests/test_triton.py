@@ -301,7 +301,7 @@ def test_sums_have_torchs_bits(kind: str, dtype: torch.dtype, weighted: bool, de
         ("near ties", 300, 4, 12, torch.float32),
         ("duplicates", 200, 6, 15, torch.float64),
         ("relu", 140, 130, 7, torch.float16),
-        ("heavy tails", 300, 5, 6, torch.bfloat16),
+        ("heavy tails", 130, 5, 6, torch.bfloat16),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
@@ -401,8 +401,10 @@ def test_every_kernel_compiles_for_ampere_hopper_and_blackwell(compiled: list[di
         # The least of the devices have 99 KiB; a spill of a few registers is no stack that is worth a smaller block.
         assert kernel["shared_bytes"] <= 99 * 1024, kernel
         assert kernel["stack_bytes"] <= 64, kernel
-    by_hopper = [kernel for kernel in compiled if kernel["capability"] == 90]
-    assert all(kernel["stack_bytes"] == 0 for kernel in by_hopper), by_hopper
+        if kernel.get("whole") and kernel["capability"] < 100:
+            # Two programs of 256 threads share a processor's 65,536 registers.
+            assert kernel["registers"] <= 128, kernel
+            assert kernel["stack_bytes"] == 0, kernel
 
 
 def test_compiled_kernels_are_what_the_bounds_count_on(compiled: list[dict]) -> None:

@@ -53,14 +53,15 @@ class Shape(NamedTuple):
     def of(cls, d: int, item_bytes: int) -> Shape:
         """By the width of the rows and the bytes of a value alone, not by the name of a device.
 
-        Eight warps are two of Hopper's groups, so that one can multiply while the other compares. 128 rows are what
-        these hold: best, second, index and accumulators of 64 columns take 128 of a thread's 255 registers (a block of
-        256 rows would halve what is read from L2, and does not fit). Stages are what 99 KiB of shared memory hold, the
-        least of the devices: all of these take 74 KiB or less. More than `SLICE` features need a second accumulator,
-        so half the rows.
+        Eight warps are two of Hopper's groups. 128 rows times 32 centroids take 126 of their registers a thread (best,
+        second, index and accumulators of 16 scores each, and the rows' own values), so that two programs fit a
+        processor and one multiplies while the other compares: 256 rows are then at work beside each other, as many as
+        64 columns in one program would allow, which would have to wait for themselves. Wide rows get 128 columns, as
+        they are read anew for each block, and up to 255 registers; more than `SLICE` features need a second
+        accumulator, so half the rows. Stages are what 99 KiB of shared memory hold, the least of the devices'.
         """
         if d <= 128:
-            return cls(128, 64, max(16, triton.next_power_of_2(d)), True, 8, 3 if d <= 64 else 2)
+            return cls(128, 32, max(16, triton.next_power_of_2(d)), True, 8, 3)
         # Rows pass through shared memory as they are stored.
         stages = 2 if item_bytes == 8 else 3
         if d <= SLICE:
@@ -114,6 +115,7 @@ def assign_kernel(
     r,
     k,
     d,
+    width,
     x_row,
     x_feature,
     labels_restart,
@@ -124,7 +126,8 @@ def assign_kernel(
     WHOLE: tl.constexpr,
     FLUSH: tl.constexpr,
 ):
-    """labels (r, b) and uncertain (r, b) of rows x (b, d) for `Operand`'s matrix, low, high and slope of (r * k)."""
+    """labels (r, b) and uncertain (r, b) of rows x (b, d) for `Operand`'s matrix and high of (r * k), and its low and
+    slope of (r, width), whole blocks of `CLUSTERS`, in which a column that is no centroid is infinitely far."""
     # The restarts of a block of rows are neighbours, so that all but the first find the rows in L2.
     program = tl.program_id(0)
     restart = (program % r).to(tl.int64)
@@ -133,6 +136,7 @@ def assign_kernel(
     reach = tl.load(norms + row, mask=there, other=0.0)
     unit = tl.load(scale)
     rows = x + row[:, None] * x_row
+    lows, slopes = low + restart * width, slope + restart * width
     feature = tl.arange(0, FEATURES)
     column = tl.arange(0, CLUSTERS)
     far: tl.constexpr = float("inf")
@@ -157,9 +161,7 @@ def assign_kernel(
         cluster = start + column
         known = cluster < k
         place = restart * k + cluster
-        # A column that is no centroid is infinitely far.
-        base = tl.load(low + place, mask=known, other=far)[None, :]
-        base -= reach[:, None] * tl.load(slope + place, mask=known, other=0.0)[None, :]
+        base = tl.load(lows + cluster)[None, :] - reach[:, None] * tl.load(slopes + cluster)[None, :]
         if WHOLE:
             centres = tl.load(
                 matrix + place[None, :] * d + feature[:, None],
@@ -189,10 +191,8 @@ def assign_kernel(
         best, second, index = _least(best, second, index)
 
     index = tl.minimum(index, k - 1)
-    place = restart * k + index
-    top = tl.load(high + place, mask=there, other=0.0)
-    width = top - tl.load(low + place, mask=there, other=0.0)
-    upper = best + (width + 2 * reach * tl.load(slope + place, mask=there, other=0.0))
+    across = tl.load(high + restart * k + index) - tl.load(lows + index)
+    upper = best + (across + 2 * reach * tl.load(slopes + index))
     # Minus infinity was no number; nothing is above an upper end that is infinite or NaN.
     certain = (second > upper) & (best > float("-inf"))
     tl.store(labels + restart * labels_restart + row, index, mask=there)
@@ -225,6 +225,10 @@ def assign(
     r, k, d = operand.centroids.shape
     shape = Shape.of(d, x.element_size())
     assert operand.shift is not None
+    # Whole blocks, which a thread reads without asking what is there: two of its columns at a time.
+    beyond = (0, -k % shape.clusters)
+    low = torch.nn.functional.pad(operand.low.view(r, k), beyond, value=float("inf"))
+    slope = torch.nn.functional.pad(operand.slope.view(r, k), beyond)
     assert labels.stride(1) == 1 or labels.shape[1] == 1
     assert uncertain.is_contiguous()
     assert norms.is_contiguous()
@@ -232,9 +236,9 @@ def assign(
         readable(x),
         norms,
         operand.matrix,
-        operand.low,
+        low,
         operand.high,
-        operand.slope,
+        slope,
         operand.shift,
         scale,
         labels,
@@ -243,6 +247,7 @@ def assign(
         r,
         k,
         d,
+        low.shape[1],
         x.stride(0),
         x.stride(1),
         labels.stride(0),
