@@ -26,6 +26,21 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
+# Triton reads this when it is first imported. Where there is no CUDA device its kernels run in its interpreter.
+if missing_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@cache
+def missing_interpreter() -> str | None:
+    """Why tests marked interpreter cannot run here."""
+    from gpuclust.cluster.backends.triton import TritonBackend
+
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton's kernels are compiled here, for the CUDA device"
+    return TritonBackend().unavailable()
+
+
 def missing_browser() -> str | None:
     """Why tests marked browser cannot run here."""
     if importlib.util.find_spec("playwright") is None:
@@ -37,6 +52,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := missing_gpu()):
         if os.environ.get("GPUCLUST_REQUIRE_GPU") == "1":
             pytest.fail(f"GPUCLUST_REQUIRE_GPU is 1, and {reason}", pytrace=False)
+        pytest.skip(reason)
+    if item.get_closest_marker("interpreter") and (reason := missing_interpreter()):
         pytest.skip(reason)
     if item.get_closest_marker("browser") and (reason := missing_browser()):
         pytest.skip(reason)

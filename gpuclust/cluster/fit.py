@@ -146,7 +146,7 @@ def fit_kmeans(
             moments,
             group,
             shares,
-            lambda restarts: chunk_rows(restarts * k, d, device, memory_limit),
+            lambda restarts: chunk_rows(restarts * (k if runner.stores_scores else 1), d, device, memory_limit),
             budget,
             max_iter=max_iter,
             tol=tol * moments.spread / (n * d),

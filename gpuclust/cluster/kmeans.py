@@ -58,9 +58,9 @@ class KMeans(ScikitLearn):
     metric : {"euclidean"}
     precision : {"exact", "fast"}
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
-        the lowest index. "fast": the nearest by float32 arithmetic, unchecked.
+        the lowest index. "fast": the nearest by the backend's arithmetic (float32; triton's is float16), unchecked.
     solver : {"auto", "primal"}
-    backend : {"auto", "torch"}
+    backend : {"auto", "triton", "torch"}
     device : str, torch.device or None
         Where to compute; where X is by default.
     memory_limit : int or None

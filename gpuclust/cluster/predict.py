@@ -32,7 +32,8 @@ def nearest(
     n, d = source.shape
     labels = torch.empty(1, n, dtype=torch.int32, device=source.device)
     centre = centroids.double().mean(0).to(centroid_dtype(source.dtype)).double()
-    for start, x in source.chunks(chunk_rows(len(centroids), d, source.device, memory_limit)):
+    clusters = len(centroids) if backend.stores_scores else 1
+    for start, x in source.chunks(chunk_rows(clusters, d, source.device, memory_limit)):
         largest = largest_per_column(x, start).amax().item()
         dist2 = _far2(x, centre)
         frame = Frame.of(source.dtype, centre, largest, dist2.mean().item(), dist2.amax().item())

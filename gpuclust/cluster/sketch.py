@@ -24,7 +24,7 @@ import torch
 
 from gpuclust.cluster.backends.base import Backend, Operand
 from gpuclust.cluster.backends.torch import propose
-from gpuclust.cluster.exact import FLOAT32, bounded, relative_error
+from gpuclust.cluster.exact import FLOAT32, bounded, relative_error, summing_error
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.source import ChunkSource, block_rows, piece_rows, tile_rows, tiles
 
@@ -108,7 +108,8 @@ class Sketch:
         length = square.sqrt()
         rounding = relative_error(z.shape[1], FLOAT32) + 4 * FLOAT32.rounding + 2 * self.error
         slope = 2 * (left + length * (self.error + rounding / _FLOOR))
-        return bounded(centroids, (z * -2.0).float(), square, slope, self.frame.margin(square, flat.shape[1]))
+        margin = self.frame.margin(square, flat.shape[1], summing_error(z.shape[1], FLOAT32))
+        return bounded(centroids, (z * -2.0).float(), square, slope, margin)
 
 
 class Sketches:

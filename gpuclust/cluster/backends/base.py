@@ -83,6 +83,8 @@ class Backend(Protocol):
     """One implementation of the steps; ``gpuclust.cluster.exact`` has what its labels must be, and how to be sure."""
 
     name: str
+    # Whether a pass holds a score for each row and cluster, which is what keeps chunks of rows small.
+    stores_scores: bool
 
     def unavailable(self) -> str | None:
         """None if this machine can run the backend, else the reason why not."""
@@ -90,6 +92,10 @@ class Backend(Protocol):
 
     def supports(self, problem: Problem) -> str | None:
         """None if the backend can solve ``problem`` here, else the reason why not."""
+        ...
+
+    def reserved(self, problem: Problem) -> str | None:
+        """None if ``auto`` may take the backend for ``problem``, else why it runs only when asked for by name."""
         ...
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:

@@ -28,12 +28,16 @@ class TorchBackend:
     """k-means steps as torch operations, on the CPU, CUDA, or any device that has float64."""
 
     name = "torch"
+    stores_scores = True
 
     def unavailable(self) -> str | None:
         return None
 
     def supports(self, problem: Problem) -> str | None:
         return f"device {problem.device.type} has no float64" if problem.device.type in ("mps", "xla") else None
+
+    def reserved(self, problem: Problem) -> str | None:
+        return None
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:
         return frame.operand(centroids, dtype)
