@@ -17,20 +17,23 @@
 constexpr int COLUMNS = WARPS * TILES * 8;
 constexpr int THREADS = BLOCK_ROWS * WARPS;
 constexpr int DEPTH = 32, STAGES = 4, PITCH = DEPTH + 8;
+constexpr int AT_ONCE = THREADS / (DEPTH / 8);  // centroids of which the threads copy 16 bytes each
+static_assert(COLUMNS % AT_ONCE == 0, "each thread copies the same number of pieces");
 
 // The pieces of the centroids on their way through the ring: all pieces of the first COLUMNS centroids, then of the next.
 struct Stream {
   const Float16* source;  // in (tiles * COLUMNS, width), zero beyond d and k
   Float16* ring;
-  int64 width, left;  // pieces still to fetch
-  int piece, slot;
+  int64 width;
+  int left, piece, slot;  // pieces still to fetch, and where the next comes from and goes to
 
   __device__ __forceinline__ void fetch() {
     if (left > 0) {
-      for (int i = threadIdx.x; i < COLUMNS * (DEPTH / 8); i += THREADS) {
-        const int column = i / (DEPTH / 8), part = i % (DEPTH / 8) * 8;
-        copy_16_bytes(ring + (slot * COLUMNS + column) * PITCH + part, source + column * width + part);
-      }
+      const int column = threadIdx.x / (DEPTH / 8), part = threadIdx.x % (DEPTH / 8) * 8;
+      Float16* to = ring + (slot * COLUMNS + column) * PITCH + part;
+      const Float16* from = source + column * width + part;
+#pragma unroll
+      for (int i = 0; i < COLUMNS; i += AT_ONCE) copy_16_bytes(to + i * PITCH, from + i * width);
       --left;
       slot = (slot + 1) % STAGES;
       source += DEPTH;
@@ -70,6 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) assign(
     int* labels, int64 label_stride, int* open_count, int* open_rows) {
   DYNAMIC_SHARED(uint4, shared);
   __shared__ Best found[WARPS][BLOCK_ROWS];
+  __shared__ float norm[BLOCK_ROWS];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / WARPS * 32, warp_column = warp % WARPS * TILES * 8;
   const int64 block_row = (int64)blockIdx.x * BLOCK_ROWS;
@@ -78,9 +82,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) assign(
 
   const int pitch = (int)width + 8, pieces = (int)width / DEPTH;
   Float16* tile = reinterpret_cast<Float16*>(shared);
-  const int64 column_tiles = (k + COLUMNS - 1) / COLUMNS;
+  const int column_tiles = (int)((k + COLUMNS - 1) / COLUMNS);
   Float16* ring = tile + BLOCK_ROWS * pitch;
-  Stream stream = {matrix, ring, width, r * column_tiles * pieces, 0, 0};
+  Stream stream = {matrix, ring, width, (int)r * column_tiles * pieces, 0, 0};
   for (int stage = 0; stage < STAGES - 1; ++stage) stream.fetch();
 
   const bool aligned = x.aligned();
@@ -91,19 +95,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) assign(
     *reinterpret_cast<uint4*>(tile + row * pitch + column) = seen_8(x, frame, block_row + row, column, aligned);
   }
 
-  float norm[2][2];
-  Best best[2][2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64 row = block_row + warp_row + lane / 4 + 8 * i;
-    norm[i / 2][i % 2] = row < n ? norms[row] : 0.0f;
-    best[i / 2][i % 2].clear();
-  }
+  if (thread < BLOCK_ROWS) norm[thread] = block_row + thread < n ? norms[block_row + thread] : 0.0f;
+
+  Best best[4];
+  for (int i = 0; i < 4; ++i) best[i].clear();
   float product[2][TILES][4] = {};
 
   int slot = 0;
-  for (int64 restart = 0; restart < r; ++restart) {
-    for (int64 column_tile = 0; column_tile < column_tiles; ++column_tile) {
+  for (int restart = 0; restart < (int)r; ++restart) {
+    for (int column_tile = 0; column_tile < column_tiles; ++column_tile) {
       for (int piece = 0; piece < pieces; ++piece) {
         copies_wait<STAGES - 2>();
         __syncthreads();
@@ -112,26 +112,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) assign(
         slot = (slot + 1) % STAGES;
         multiply(product, tile + warp_row * pitch + piece * DEPTH, pitch, columns, lane);
       }
-      const int64 column = column_tile * COLUMNS + warp_column + lane % 4 * 2;
-      const float4* term = terms + (restart * column_tiles * COLUMNS + column) / 2;
+      const int column = column_tile * COLUMNS + warp_column + lane % 4 * 2;
+      const float4* term = terms + ((int64)restart * column_tiles * COLUMNS + column) / 2;
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
         const float4 pair = term[4 * t];  // low and slope of two centroids
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          Best& row = best[i / 2][i % 2];
+          const float far = norm[warp_row + lane / 4 + 8 * i];
           float* two = product[i / 2][t] + i % 2 * 2;
-          row.take(lower_end(two[0], pair.x, pair.y, norm[i / 2][i % 2]), (int)column + 8 * t);
-          row.take(lower_end(two[1], pair.z, pair.w, norm[i / 2][i % 2]), (int)column + 8 * t + 1);
+          best[i].take(lower_end(two[0], pair.x, pair.y, far), column + 8 * t);
+          best[i].take(lower_end(two[1], pair.z, pair.w, far), column + 8 * t + 1);
           two[0] = two[1] = 0.0f;
         }
       }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      best[i / 2][i % 2].merge_lanes(1, 4);
-      if (lane % 4 == 0) found[warp % WARPS][warp_row + lane / 4 + 8 * i] = best[i / 2][i % 2];
-      best[i / 2][i % 2].clear();
+      best[i].merge_lanes(1, 4);
+      if (lane % 4 == 0) found[warp % WARPS][warp_row + lane / 4 + 8 * i] = best[i];
+      best[i].clear();
     }
     __syncthreads();
     const int64 row = block_row + thread;
@@ -139,9 +139,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) assign(
       Best all = found[0][thread];
       if (WARPS == 2) all.merge(found[WARPS - 1][thread]);
       labels[restart * label_stride + row] = all.index;
-      const int64 place = restart * column_tiles * COLUMNS + all.index;
+      const int64 place = (int64)restart * column_tiles * COLUMNS + all.index;
       const float4 pair = terms[place / 2];
-      const float upper = all.upper(reach[place], place % 2 ? pair.w : pair.y, norms[row]);
+      const float upper = all.upper(reach[place], place % 2 ? pair.w : pair.y, norm[thread]);
       if (open_count && !all.certain(upper)) Open{open_count, open_rows, nullptr, n}.add(restart, (int)row, upper);
     }
   }

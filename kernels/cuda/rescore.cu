@@ -11,7 +11,7 @@
 
 constexpr int OPEN_ROWS = 32, COLUMNS = 64, DEPTH = 32, THREADS = 256, SLICE = 1024;
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4) rescore(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) rescore(
     const ROW* first, int64 n, int64 d, int64 row_stride, int64 column_stride, const Wide* shift, double scale,
     const float* norms, const float* matrix, const float* low, const float* slope, const float* reach, int64 k,
     int64 r, int* labels, int64 label_stride, const int* open_count, const int* open_rows, int* left_count,
