@@ -172,6 +172,8 @@ class Frame:
         far, lift = math.sqrt(self.far2) * scale, torch.linalg.vector_norm(self.centre).item() if stored else 0.0
         length = square.sqrt()
         slope = 2 * length * relative + 2 * tiny
+        # What leaves the range of the operands' type is infinite there: with such a centroid nothing is certain.
+        slope[2 * length * (1 + rho) >= torch.finfo(arithmetic.dtype).max] = math.nan
         # The bias itself was summed in float64: d 2**-53 of its terms' absolute values.
         summed = d * 2.0**-52 * (square + 2 * length * lift)
         margin = 8 * _U * bias.abs() + summed + 4 * reference * (square + far * far) + underflow

@@ -15,7 +15,7 @@ from gpuclust.cluster.distributed import OneProcess
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.seeding import choose_plus_plus, choose_random
-from gpuclust.cluster.source import ChunkSource, chunk_rows
+from gpuclust.cluster.source import ChunkSource
 from gpuclust.cluster.sums import total
 
 # Bytes for the centroids and sums of the restarts that run together, where no limit is given.
@@ -121,7 +121,7 @@ def fit_kmeans(
             moments,
             OneProcess(),
             shares,
-            lambda restarts: chunk_rows(restarts * k, d, device, memory_limit),
+            lambda restarts: runner.chunk_rows(restarts, k, d, device, memory_limit),
             max_iter=max_iter,
             tol=tol * moments.spread / (n * d),
             precision=precision,

@@ -6,14 +6,15 @@ from gpuclust.cluster.backends.base import Backend, Problem
 from gpuclust.errors import UnavailableError
 
 # Known by name and not part of this version: asked for, they are an error; ``auto`` records why they did not run.
-_NOT_YET = {name: f"gpuclust has no {name} backend in this version" for name in ("cupy", "triton", "cuml")}
+_NOT_YET = {name: f"gpuclust has no {name} backend in this version" for name in ("triton", "cuml")}
 ORDER = ("cupy", "triton", "torch")
 
 
 def _backends() -> dict[str, Backend]:
+    from gpuclust.cluster.backends.cupy import CupyBackend
     from gpuclust.cluster.backends.torch import TorchBackend
 
-    return {"torch": TorchBackend()}
+    return {"cupy": CupyBackend(), "torch": TorchBackend()}
 
 
 def survey() -> dict[str, str | None]:
@@ -36,7 +37,9 @@ def choose(name: str, problem: Problem) -> tuple[Backend, dict[str, str]]:
         reason = (
             _NOT_YET.get(candidate, f"there is no backend of that name; there are {', '.join(ORDER)} and cuml")
             if backend is None
-            else backend.unavailable() or backend.supports(problem)
+            else backend.unavailable()
+            or backend.supports(problem)
+            or (backend.reserved(problem) if name == "auto" else None)
         )
         if backend is not None and reason is None:
             return backend, rejected

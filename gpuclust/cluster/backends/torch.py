@@ -14,7 +14,7 @@ import torch
 
 from gpuclust.cluster.backends.base import SLICE, Candidates, Operand, Problem
 from gpuclust.cluster.exact import Frame, decide
-from gpuclust.cluster.source import tile_rows, tiles
+from gpuclust.cluster.source import chunk_rows, tile_rows, tiles
 from gpuclust.cluster.sums import Grid
 
 # Adding a row to a sum takes as long as that many rows times one column of a product with the matrix of memberships.
@@ -31,6 +31,12 @@ class TorchBackend:
 
     def supports(self, problem: Problem) -> str | None:
         return f"device {problem.device.type} has no float64" if problem.device.type in ("mps", "xla") else None
+
+    def reserved(self, problem: Problem) -> str | None:
+        return None
+
+    def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+        return chunk_rows(r * k, d, device, memory_limit)
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:
         return frame.operand(centroids, dtype)
