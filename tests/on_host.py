@@ -15,6 +15,13 @@ import torch
 from gpuclust.kernels import cuda_folder
 
 HERE = Path(__file__).parent
+_LAUNCH = """
+static void call_KERNEL(void** given) { on_host::launcher(kernel_KERNEL, given); }
+extern "C" int launch_KERNEL(unsigned x, unsigned y, unsigned threads, unsigned bytes, unsigned falling, void** given) {
+  on_host::launch(call_KERNEL, x, y, threads, bytes, falling, given);
+  return on_host::argument_count(kernel_KERNEL);
+}
+"""
 
 
 class HostLauncher:
@@ -27,8 +34,6 @@ class HostLauncher:
     falling : bool
         Whether the threads run in falling order: what is right only in one order lacks a barrier.
     """
-
-    processors = 2
 
     def __init__(self, shared_bytes: int = 163 << 10, falling: bool = False) -> None:
         self.shared_bytes, self.falling = shared_bytes, falling
@@ -75,22 +80,17 @@ def library(file: str, options: tuple[str, ...], extra: str = "") -> ctypes.CDLL
     """A source of kernels/cuda, compiled with g++ for this process; ``extra`` is further C++ after it."""
     source = cuda_folder() / file
     kernels = re.findall(r'extern "C" __global__[^{]*?\b(\w+)\(\s*\n', source.read_text(encoding="utf-8"))
-    code = ['#define ON_HOST', f'#include "{cuda_folder() / "device.cuh"}"']
-    code += [f"#define {name} kernel_{name}" for name in kernels]  # select, for one, is a function of the C library
-    code += [f'#include "{source}"'] + [f"#undef {name}" for name in kernels]
-    code += [f"""
-static void call_{name}(void** given) {{ on_host::launcher(kernel_{name}, given); }}
-extern "C" int launch_{name}(unsigned x, unsigned y, unsigned threads, unsigned shared, unsigned falling, void** given) {{
-  on_host::launch(call_{name}, x, y, threads, shared, falling, given);
-  return on_host::argument_count(kernel_{name});
-}}""" for name in kernels]
+    # Renamed: `select`, for one, is a function of the C library.
+    names = [f"#define {name} kernel_{name}" for name in kernels]
+    back = [f"#undef {name}" for name in kernels]
+    code = ["#define ON_HOST", '#include "device.cuh"', *names, f'#include "{file}"', *back]
+    code += [_LAUNCH.replace("KERNEL", name) for name in kernels]
     stem = Path(_folder().name) / f"{source.stem}{abs(hash((file, options, extra)))}"
     stem.with_suffix(".cpp").write_text("\n".join([*code, extra]), encoding="utf-8")
-    built = subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w", *options]
-        + [f"-I{HERE}", f"-I{cuda_folder()}", str(stem.with_suffix(".cpp")), "-o", str(stem.with_suffix(".so"))],
-        capture_output=True,
-        text=True,
-    )
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w", *options]
+    folders = [f"-I{HERE}", f"-I{cuda_folder()}"]
+    made = str(stem.with_suffix(".so"))
+    command = ["g++", *flags, *folders, str(stem.with_suffix(".cpp")), "-o", made]
+    built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    return ctypes.CDLL(str(stem.with_suffix(".so")))
+    return ctypes.CDLL(made)

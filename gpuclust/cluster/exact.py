@@ -19,8 +19,8 @@ the few additions around it; eta covers underflow. Tensor cores add with truncat
 for each product (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021). The
 reference distance is within (log2 d + 4) 2**-53 of exact, relatively, and ||x - c||^2 <= 2 (||x - m||^2 + ||c - m||^2);
 that is added too, so that a certified label is the label that the reference distance gives. Every centroid whose score
-less its bound is not above the least of score plus bound stays a candidate. Where one is left, it is certain. Everything
-else, NaN and infinity included, is decided by the reference distance.
+less its bound is not above the least of score plus bound stays a candidate. Where one is left, it is certain. All else,
+NaN and infinity included, is decided by the reference distance.
 """
 
 from __future__ import annotations
@@ -193,6 +193,7 @@ class Frame:
             None if stored else (self.centre * scale).to(compute),
             scale,
         )
+
 
 def _repeated(centroids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Which of the centroids (r, k, d) equal an earlier one of their restart, which wins every tie: bool (r * k,)."""

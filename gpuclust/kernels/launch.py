@@ -1,4 +1,4 @@
-"""Launching the kernels of kernels/cuda: CuPy loads what `gpuclust.kernels.nvrtc` compiled; torch owns memory and stream."""
+"""Launching the kernels of kernels/cuda: CuPy loads what `nvrtc.compile` made; memory and stream are torch's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Launcher:
 
     def shared_memory_bytes(self, device: torch.device) -> int:
         """The most shared memory that a block can ask for."""
-        return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+        properties: Any = torch.cuda.get_device_properties(device)
+        return int(properties.shared_memory_per_block_optin)
 
     def blocks(self, device: torch.device) -> int:
         """Blocks of a grid that walks through a list whose length only the device knows: enough to fill it."""

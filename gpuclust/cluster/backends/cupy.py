@@ -1,7 +1,7 @@
 """The CuPy backend: CUDA C++ kernels on NVIDIA GPUs from compute capability 8.0.
 
-Three looks at a row, each at fewer rows: float16 on the tensor cores (``assign.cu``; for wide rows torch's matrix product
-and ``select.cu``), float32 (``rescore.cu``), the reference distance (``decide.cu``). What a look leaves open stands in a
+Three looks, each at fewer rows: float16 on the tensor cores (``assign.cu``; for wide rows torch's matrix product and
+``select.cu``), float32 (``rescore.cu``), the reference distance (``decide.cu``). What a look leaves open stands in a
 list on the device, whose length the host never asks for: nothing waits in a pass. torch allocates every buffer.
 """
 
@@ -99,7 +99,7 @@ class CupyBackend:
         return _UNPROVED
 
     def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
-        """Rows of a chunk: where no scores are stored, so many that the lists of open rows (12 bytes each) are small."""
+        """Rows of a chunk: where no scores are stored, the lists of open rows (12 bytes each) set them."""
         if self._tile(k, d, device)[1]:
             return chunk_rows(4 * r, d, device, memory_limit)
         return chunk_rows(r * k, d, device, memory_limit)

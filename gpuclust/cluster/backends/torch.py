@@ -1,9 +1,9 @@
 """The torch backend: plain tensor operations on any device. It is the reference for every other backend.
 
 One pass works on a chunk of rows and all restarts at once, scores stored as (restarts, k, rows) so that reductions over
-k add and compare whole vectors of rows: those are a torch CPU's fast ones (0.05 ns a score; its argmin takes 17). Products are summed over slices of `SLICE` features: the worst-case
-error of a float32 sum grows with its length, so short sums that are then added keep the certified margin narrow for
-any d.
+k add and compare whole vectors of rows: those are a torch CPU's fast ones (0.05 ns a score; its argmin takes 17).
+Products are summed over slices of `SLICE` features: the worst-case error of a float32 sum grows with its length, so
+short sums that are then added keep the certified margin narrow for any d.
 """
 
 from __future__ import annotations
