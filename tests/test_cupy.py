@@ -79,6 +79,21 @@ def assigned(
     return held[:, 1:-1].cpu(), int(count)
 
 
+class Spy:
+    """A launcher that keeps how many rows each first look left open."""
+
+    def __init__(self, launcher: Any) -> None:
+        self.launcher, self.opened = launcher, list[torch.Tensor]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.launcher, name)
+
+    def __call__(self, device: torch.device, file: str, options: Any, kernel: str, *rest: Any) -> None:
+        if kernel == "rescore":
+            self.opened.append(rest[-5].clone())
+        self.launcher(device, file, options, kernel, *rest)
+
+
 def seeds(x: torch.Tensor, r: int, k: int) -> torch.Tensor:
     """Centroids (r, k, d) near rows and between them."""
     generator = torch.Generator().manual_seed(k)
@@ -145,6 +160,34 @@ def test_rows_of_any_strides_are_read_where_they_lie(device: torch.device, make:
         for shared_bytes in (None, TOO_LITTLE):
             labels, _ = assigned(make(shared_bytes), x, centroids)
             assert mislabelled(labels[0], x, centroids[0]) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("d", "width"), [(36, 48), (300, 304), (37, 41)])
+def test_the_first_look_leaves_open_what_its_bound_says_and_reads_nothing_beside_the_rows(
+    d: int, width: int, dtype: torch.dtype, device: torch.device, make: Make
+) -> None:
+    # What is not a number would open the rows whose scores it gets into.
+    whole = torch.full((101, width), math.nan, dtype=dtype, device=device)
+    x = whole[:100, :d]
+    x.copy_(rows("blobs", 100, d, dtype))
+    frame, norms = (moments := Moments.of(TensorSource(x))).frame, moments.frame.norms(moments.dist2).double()
+    for k, shared_bytes in ((5, None), (50, None), (70, None), (70, TOO_LITTLE)):
+        backend = make(shared_bytes)
+        spy = backend.launch = Spy(backend.launch)
+        centroids = seeds(x, 2, k)
+        labels, _ = assigned(backend, x, centroids)
+        assert mislabelled(labels[0], x, centroids[0]) == 0
+        operand = backend.prepare(frame, centroids, dtype)
+        assert operand.shift is not None
+        seen = (x.to(operand.shift.dtype) * operand.scale - operand.shift).half().double()
+        products = operand.matrix.double() @ seen.t()
+        bounds = operand.slope.double() * norms
+        upper, lower = operand.high.double() + products + bounds, operand.low.double() + products - bounds
+        least = upper.view(2, k, -1).amin(1, keepdim=True)
+        expected = ((lower.view(2, k, -1) <= least).sum(1) > 1).sum(1)
+        assert (spy.opened[0].cpu() - expected.cpu()).abs().max() <= 1, (k, shared_bytes)
+        assert expected.max() < 60
 
 
 def test_centroids_out_of_all_proportion_certify_nothing_wrong(device: torch.device, make: Make) -> None:
