@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from cases_cluster import KINDS, mislabelled, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from on_host import HostLauncher, library
 
 from gpuclust.cluster import fit
@@ -198,6 +200,41 @@ def test_centroids_out_of_all_proportion_certify_nothing_wrong(device: torch.dev
             for shared_bytes in (None, TOO_LITTLE):
                 found = nearest(TensorSource(x), centroids, make(shared_bytes))
                 assert mislabelled(found.cpu(), x, centroids) == 0
+
+
+@pytest.mark.compiler
+@settings(max_examples=80, deadline=None)
+@given(
+    d=st.sampled_from([1, 3, 37, 200, 1030]),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(["blobs", "noise", "relu", "heavy tails", "unequal features"]),
+    scale=st.integers(-140, 100),
+    offset=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    beside=st.integers(0, 26),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_rows_near_the_border_of_two_centroids_are_no_escape(
+    d: int, dtype: torch.dtype, kind: str, scale: int, offset: float, beside: int, seed: int
+) -> None:
+    rng = np.random.RandomState(seed)
+    values = KINDS[kind](rng, 40, d) + offset
+    step = np.std(values, axis=0) * rng.randn(3, d)
+    # Between a centroid and its mirror image, and 2**-beside of the way to one of them, with what lies across that way.
+    along = step[0] / np.linalg.norm(step[0]) if step[0].any() else step[0]
+    middle = values - np.outer((values - values[0]) @ along, along)
+    values[1:] = (middle + np.outer(rng.choice([-1, 1], 40) * 2.0**-beside, step[0]))[1:]
+    centres = np.concatenate([values[0] + step, values[0] - step])
+    largest = max(np.abs(values).max(), np.abs(centres).max())
+    unit = 2.0**14 / largest if dtype == torch.float16 else min(2.0**scale, 2.0**120 / largest)
+    x = torch.from_numpy(values * unit).to(dtype)
+    centroids = torch.from_numpy(centres * unit).to(centroid_dtype(dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cupy_backend, "multiplied", lambda a, b: a.float() @ b.float())
+        for shared_bytes in (163 << 10, TOO_LITTLE):
+            backend = CupyBackend(HostLauncher(shared_bytes))
+            labels, _ = assigned(backend, x, centroids[None])
+            assert mislabelled(labels[0], x, centroids) == 0
+            assert mislabelled(nearest(TensorSource(x), centroids, backend), x, centroids) == 0
 
 
 @pytest.mark.parametrize(

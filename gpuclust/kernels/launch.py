@@ -57,8 +57,9 @@ class Launcher:
         import cupy
 
         stream = torch.cuda.current_stream(device)
-        with cupy.cuda.Device(stream.device_index), cupy.cuda.Stream.from_external(stream):
-            function = self._kernel(stream.device_index, file, options, kernel)
+        index = stream.device_index
+        with cupy.cuda.Device(index), cupy.cuda.Stream.from_external(_Stream(stream)):
+            function = self._kernel(index, file, options, kernel)
             if shared_bytes > _UNASKED_BYTES:
                 function.max_dynamic_shared_size_bytes = shared_bytes
             function((*grid, 1), (threads, 1, 1), tuple(map(_argument, arguments)), shared_mem=shared_bytes)
@@ -71,6 +72,16 @@ class Launcher:
             cubin = compile(cuda_folder() / file, architecture(torch.cuda.get_device_capability(device_index)), options)
             self._kernels[key] = cupy.RawModule(path=str(cubin)).get_function(name)
         return self._kernels[key]
+
+
+class _Stream:
+    """A stream of torch as CuPy takes it (CUDA's stream protocol), of versions of torch without that protocol, too."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream.cuda_stream
 
 
 def architecture(capability: tuple[int, int]) -> str:
