@@ -386,6 +386,27 @@ def test_a_fit_has_the_bits_of_the_torch_backend(
     assert mislabelled(got.labels.cpu(), x, got.centroids) == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.nvrtc
+@pytest.mark.slow
+def test_more_than_2_to_the_31_values_are_one_launch() -> None:
+    n, d, k = 2**24 + 3, 129, 5
+    x = torch.empty(n, d, dtype=torch.float16, device="cuda").normal_()
+    centroids = x[None, :k].float()
+    labels, _ = assigned(CupyBackend(), x, centroids)
+    some = torch.cat([torch.arange(200), torch.arange(n - 200, n)])
+    assert mislabelled(labels[0, some], x[some.cuda()], centroids[0]) == 0
+    grid = Grid.of(x.abs().amax(0), n, x.dtype)
+    found = []
+    for backend in (TorchBackend(), CupyBackend()):
+        sums = torch.zeros(grid.levels, 1, k, d, dtype=torch.float64, device="cuda")
+        counts = torch.zeros(1, k, dtype=torch.float64, device="cuda")
+        backend.accumulate(x, None, grid, labels.cuda(), None, sums, counts)
+        found.append((sums, counts))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 # ---- parts of the kernels, on a processor
 
 PARTS = """
