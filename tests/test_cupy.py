@@ -314,8 +314,17 @@ def test_fast_takes_the_least_score(device: torch.device, make: Make) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(("n", "d", "k", "r"), [(1, 1, 1, 1), (300, 5, 3, 2), (200, 300, 130, 1), (70, 131, 12, 3)])
 def test_sums_and_counts_have_the_bits_of_the_torch_backend(
-    n: int, d: int, k: int, r: int, dtype: torch.dtype, weighted: bool, device: torch.device, make: Make
+    n: int,
+    d: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    weighted: bool,
+    device: torch.device,
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cupy_backend, "_MOST_SPANS", 1 if weighted else 65535)
     random = torch.Generator().manual_seed(n)
     x = rows("relu", n, d, dtype).to(device)[:, ::1]
     weights = torch.rand(n, generator=random, dtype=torch.float64).to(device) if weighted else None

@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) accumulate(
     int64 k, int64 r, double* sums, int64 level_stride, int64 restart_stride) {
   __shared__ int gains[ROWS], loses[ROWS];
   const Rows x = {first, n, d, row_stride, column_stride};
-  const int64 from = (int64)blockIdx.x * ROWS, f = (int64)blockIdx.y * THREADS + threadIdx.x;
+  const int64 from = (int64)blockIdx.x * ROWS;
   for (int64 restart = 0; restart < r; ++restart) {
     __syncthreads();
     if (threadIdx.x < ROWS) {
@@ -41,15 +41,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) accumulate(
       loses[threadIdx.x] = row < n && minus ? minus[restart * minus_stride + row] : -1;
     }
     __syncthreads();
-    if (f >= d) continue;
-    double* target = sums + restart * restart_stride + f;
-    for (int i = 0; i < ROWS; ++i) {
-      const int gain = gains[i], lose = loses[i];
-      if (gain == lose) continue;
-      split(weighted(x, weights, from + i, f), magic, levels, d, f, [&](int64 level, double term) {
-        atomicAdd(target + level * level_stride + gain * d, term);
-        if (lose >= 0) atomicAdd(target + level * level_stride + lose * d, -term);
-      });
+    for (int64 f = (int64)blockIdx.y * THREADS + threadIdx.x; f < d; f += (int64)gridDim.y * THREADS) {
+      double* target = sums + restart * restart_stride + f;
+      for (int i = 0; i < ROWS; ++i) {
+        const int gain = gains[i], lose = loses[i];
+        if (gain == lose) continue;
+        split(weighted(x, weights, from + i, f), magic, levels, d, f, [&](int64 level, double term) {
+          atomicAdd(target + level * level_stride + gain * d, term);
+          if (lose >= 0) atomicAdd(target + level * level_stride + lose * d, -term);
+        });
+      }
     }
   }
 }
@@ -60,23 +61,23 @@ extern "C" __global__ void __launch_bounds__(OWNERS) first(
     int64 level_stride) {
   DYNAMIC_SHARED(double, own);  // (levels, k, OWNERS)
   const Rows x = {first, n, d, row_stride, column_stride};
-  const int64 f = (int64)blockIdx.y * OWNERS + threadIdx.x;
   const int64 from = blockIdx.x * rows_per_block, end = from + rows_per_block < n ? from + rows_per_block : n;
-  if (f >= d) return;
   double* mine = own + threadIdx.x;
-  for (int64 i = 0; i < levels * k; ++i) mine[i * OWNERS] = 0.0;
+  for (int64 f = (int64)blockIdx.y * OWNERS + threadIdx.x; f < d; f += (int64)gridDim.y * OWNERS) {
+    for (int64 i = 0; i < levels * k; ++i) mine[i * OWNERS] = 0.0;
 #pragma unroll 4
-  for (int64 row = from; row < end; ++row) {
-    const int cluster = plus[row];
-    split(weighted(x, weights, row, f), magic, levels, d, f, [&](int64 level, double term) {
-      double* sum = mine + (level * k + cluster) * OWNERS;
-      *sum = sum_of(*sum, term);
-    });
-  }
-  for (int64 level = 0; level < levels; ++level) {
-    for (int64 cluster = 0; cluster < k; ++cluster) {
-      const double sum = mine[(level * k + cluster) * OWNERS];
-      if (sum != 0.0) atomicAdd(sums + level * level_stride + cluster * d + f, sum);
+    for (int64 row = from; row < end; ++row) {
+      const int cluster = plus[row];
+      split(weighted(x, weights, row, f), magic, levels, d, f, [&](int64 level, double term) {
+        double* sum = mine + (level * k + cluster) * OWNERS;
+        *sum = sum_of(*sum, term);
+      });
+    }
+    for (int64 level = 0; level < levels; ++level) {
+      for (int64 cluster = 0; cluster < k; ++cluster) {
+        const double sum = mine[(level * k + cluster) * OWNERS];
+        if (sum != 0.0) atomicAdd(sums + level * level_stride + cluster * d + f, sum);
+      }
     }
   }
 }

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ _THREADS, _ROWS_ACCUMULATED, _WARPS = 256, 64, 8
 _PRODUCT_BYTES = 24 << 20
 # Shared memory for the sums of the first pass: two blocks of a multiprocessor.
 _SUMS_BYTES = 80 << 10
+# Blocks side by side over the features, at most (the second dimension of a grid).
+_MOST_SPANS = 65535
+_Lists = tuple[torch.Tensor | None, torch.Tensor | None]
 _UNPROVED = "auto takes it once a committed GPU row shows its contract test passing"
 
 
@@ -44,9 +48,9 @@ class Looks(Operand):
     reach : float32 (r, k')
         ``high`` less ``low``.
     columns : int
-        Centroids of a tile of ``assign.cu``; 0 for wide rows.
+        Centroids of a tile of ``assign.cu``.
     block_rows : int
-        Rows of a tile.
+        Rows of a tile; 0 for wide rows.
     finer : Operand
         In float32, for the rows that float16 leaves open.
     """
@@ -71,7 +75,7 @@ class CupyBackend:
     name = "cupy"
 
     def __init__(self, launcher: Any = None) -> None:
-        self.launch = launcher or Launcher()
+        self.launch = launcher or _launcher()
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("cupy") is None:
@@ -122,7 +126,7 @@ class CupyBackend:
             padded=padded,
             terms=terms,
             reach=reach,
-            columns=columns if block_rows else 0,
+            columns=columns,
             block_rows=block_rows,
             finer=finer,
         )
@@ -138,13 +142,12 @@ class CupyBackend:
         counts = torch.zeros(2, r, dtype=torch.int32, device=device)
         open_, left = labels.new_empty(2, r, n)
         upper = torch.empty(r, n, dtype=torch.float32, device=device)
-        terms, exact = operand.terms, precision == "exact"
-        if not exact:  # the least score, without bounds
-            terms = torch.stack([terms[..., 0] + operand.reach / 2, torch.zeros_like(operand.reach)], 2)
-        lists = (counts[0], open_) if exact else (None, None)
-        (self._multiply if operand.columns == 0 else self._assign)(x, norms, operand, terms, labels, lists)
-        if not exact:
+        look = self._assign if operand.block_rows else self._multiply
+        if precision == "fast":  # the least score, without bounds
+            scores = torch.stack([operand.terms[..., 0] + operand.reach / 2, torch.zeros_like(operand.reach)], 2)
+            look(x, norms, replace(operand, terms=scores), labels, (None, None))
             return torch.zeros((), dtype=torch.int64, device=device)
+        look(x, norms, operand, labels, (counts[0], open_))
 
         fine = operand.finer
         shared = (fine.shift, fine.scale, norms, fine.matrix, fine.low, fine.slope)
@@ -183,7 +186,7 @@ class CupyBackend:
         magic = torch.stack(grid.magic)
         shared_bytes = levels * k * _OWNERS * 8
         if minus is None and shared_bytes <= _SUMS_BYTES:
-            spans = _blocks(d, _OWNERS)
+            spans = min(_blocks(d, _OWNERS), _MOST_SPANS)
             rows = max(_ROWS_ACCUMULATED, _blocks(n, _blocks(8 * self.launch.blocks(device), spans)))
             for restart in range(r):
                 self.launch(
@@ -191,19 +194,14 @@ class CupyBackend:
                     *_rows(x), weights, magic, levels, plus[restart], k, rows, sums[:, restart], sums.stride(0),
                 )  # fmt: skip
             return
+        blocks = _blocks(n, _ROWS_ACCUMULATED), min(_blocks(d, _THREADS), _MOST_SPANS)
         self.launch(
-            device, "accumulate.cu", options, "accumulate", (_blocks(n, _ROWS_ACCUMULATED), _blocks(d, _THREADS)),
-            _THREADS, 0, *_rows(x), weights, magic, levels, *labels, k, r, sums, sums.stride(0), sums.stride(1),
+            device, "accumulate.cu", options, "accumulate", blocks, _THREADS, 0,
+            *_rows(x), weights, magic, levels, *labels, k, r, sums, sums.stride(0), sums.stride(1),
         )  # fmt: skip
 
     def _assign(
-        self,
-        x: torch.Tensor,
-        norms: torch.Tensor,
-        operand: Looks,
-        terms: torch.Tensor,
-        labels: torch.Tensor,
-        lists: tuple[torch.Tensor | None, torch.Tensor | None],
+        self, x: torch.Tensor, norms: torch.Tensor, operand: Looks, labels: torch.Tensor, lists: _Lists
     ) -> None:
         """The first look: product and argmin in one kernel."""
         r, k, _ = operand.centroids.shape
@@ -212,24 +210,17 @@ class CupyBackend:
         self.launch(
             x.device, "assign.cu", (*self._options(x), *tile), "assign", (_blocks(x.shape[0], rows), 1), rows * warps,
             _shared_bytes(rows, operand.columns, width), *_rows(x), operand.shift, operand.scale, norms,
-            operand.padded, width, terms, operand.reach, k, r, labels, labels.stride(0), *lists,
+            operand.padded, width, operand.terms, operand.reach, k, r, labels, labels.stride(0), *lists,
         )  # fmt: skip
 
     def _multiply(
-        self,
-        x: torch.Tensor,
-        norms: torch.Tensor,
-        operand: Looks,
-        terms: torch.Tensor,
-        labels: torch.Tensor,
-        lists: tuple[torch.Tensor | None, torch.Tensor | None],
+        self, x: torch.Tensor, norms: torch.Tensor, operand: Looks, labels: torch.Tensor, lists: _Lists
     ) -> None:
         """The first look at wide rows: slices of features as float16, torch's product, and `select`."""
         r, k, d = operand.centroids.shape
         n, device, options = x.shape[0], x.device, self._options(x)
         matrix = operand.padded.view(r * k, -1)
-        low, slope = terms.unbind(2)
-        low, slope = low.contiguous(), slope.contiguous()
+        low, slope = operand.terms.movedim(2, 0).contiguous()
         assert operand.shift is not None
         size = max(16, _PRODUCT_BYTES // (4 * r * k))
         for first in range(0, n, size):
@@ -264,6 +255,12 @@ class CupyBackend:
     @staticmethod
     def _options(x: torch.Tensor) -> tuple[str, ...]:
         return (f"-DROW={_ROW[x.dtype]}",)
+
+
+@cache
+def _launcher() -> Launcher:
+    """One for all fits: it keeps the kernels that it loaded."""
+    return Launcher()
 
 
 def multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
