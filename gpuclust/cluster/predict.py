@@ -9,7 +9,7 @@ import torch
 from gpuclust.cluster.backends.base import Backend
 from gpuclust.cluster.exact import Frame, reference_dist2
 from gpuclust.cluster.moments import centroid_dtype, largest_per_column
-from gpuclust.cluster.source import ChunkSource, block_rows, chunk_rows
+from gpuclust.cluster.source import ChunkSource, block_rows
 
 # Below this share of the squared norms, a distance by products has lost too much to cancellation.
 _CANCELLED = 2.0**-20
@@ -32,8 +32,7 @@ def nearest(
     n, d = source.shape
     labels = torch.empty(1, n, dtype=torch.int32, device=source.device)
     centre = centroids.double().mean(0).to(centroid_dtype(source.dtype)).double()
-    clusters = len(centroids) if backend.stores_scores else 1
-    for start, x in source.chunks(chunk_rows(clusters, d, source.device, memory_limit)):
+    for start, x in source.chunks(backend.chunk_rows(1, len(centroids), d, source.device, memory_limit)):
         largest = largest_per_column(x, start).amax().item()
         dist2 = _far2(x, centre)
         frame = Frame.of(source.dtype, centre, largest, dist2.mean().item(), dist2.amax().item())

@@ -8,16 +8,17 @@ from gpuclust.cluster.backends.base import Backend, Problem
 from gpuclust.errors import UnavailableError
 
 # Known by name and not part of this version: asked for, they are an error; ``auto`` records why they did not run.
-_NOT_YET = {name: f"gpuclust has no {name} backend in this version" for name in ("cupy", "cuml")}
+_NOT_YET = {name: f"gpuclust has no {name} backend in this version" for name in ("cuml",)}
 ORDER = ("cupy", "triton", "torch")
 
 
 @cache
 def _backends() -> dict[str, Backend]:
+    from gpuclust.cluster.backends.cupy import CupyBackend
     from gpuclust.cluster.backends.torch import TorchBackend
     from gpuclust.cluster.backends.triton import TritonBackend
 
-    return {"triton": TritonBackend(), "torch": TorchBackend()}
+    return {"cupy": CupyBackend(), "triton": TritonBackend(), "torch": TorchBackend()}
 
 
 def survey() -> dict[str, str | None]:

@@ -83,8 +83,6 @@ class Backend(Protocol):
     """One implementation of the steps; ``gpuclust.cluster.exact`` has what its labels must be, and how to be sure."""
 
     name: str
-    # Whether a pass holds a score for each row and cluster, which is what keeps chunks of rows small.
-    stores_scores: bool
 
     def unavailable(self) -> str | None:
         """None if this machine can run the backend, else the reason why not."""
@@ -96,6 +94,10 @@ class Backend(Protocol):
 
     def reserved(self, problem: Problem) -> str | None:
         """None if ``auto`` may take the backend for ``problem``, else why it runs only when asked for by name."""
+        ...
+
+    def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+        """Rows of a chunk for ``r`` active restarts; no result depends on it."""
         ...
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:

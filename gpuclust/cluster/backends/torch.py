@@ -15,7 +15,7 @@ import torch
 
 from gpuclust.cluster.backends.base import SLICE, Candidates, Operand, Problem
 from gpuclust.cluster.exact import Frame, decide
-from gpuclust.cluster.source import piece_rows, tile_rows, tiles
+from gpuclust.cluster.source import chunk_rows, piece_rows, tile_rows, tiles
 from gpuclust.cluster.sums import Grid
 
 # Adding a row to a sum takes as long as that many rows times one column of a product with the matrix of memberships.
@@ -28,7 +28,6 @@ class TorchBackend:
     """k-means steps as torch operations, on the CPU, CUDA, or any device that has float64."""
 
     name = "torch"
-    stores_scores = True
 
     def unavailable(self) -> str | None:
         return None
@@ -38,6 +37,9 @@ class TorchBackend:
 
     def reserved(self, problem: Problem) -> str | None:
         return None
+
+    def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+        return chunk_rows(r * k, d, device, memory_limit)
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:
         return frame.operand(centroids, dtype)

@@ -26,7 +26,7 @@ from gpuclust.cluster.backends.base import Operand, Problem
 from gpuclust.cluster.backends.probe import differs
 from gpuclust.cluster.backends.torch import propose
 from gpuclust.cluster.exact import FLOAT16, Frame, decide
-from gpuclust.cluster.source import block_rows, piece_rows
+from gpuclust.cluster.source import block_rows, chunk_rows, piece_rows
 from gpuclust.cluster.sums import Grid
 
 _CAPABILITY = (8, 0)
@@ -75,7 +75,6 @@ class TritonBackend:
     """k-means steps as Triton kernels, on CUDA; in the interpreter on any device that torch has."""
 
     name = "triton"
-    stores_scores = False
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -102,6 +101,10 @@ class TritonBackend:
         if _interpreted():
             return "its interpreter is for tests: it runs when asked for by name"
         return differs(self, problem.device)
+
+    def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+        """Rows of a chunk: no scores are stored, whatever the clusters."""
+        return chunk_rows(r, d, device, memory_limit)
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:
         return Cascade.of(frame.operand(centroids, dtype, _ARITHMETIC), frame, dtype)
