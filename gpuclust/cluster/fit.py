@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -15,6 +16,7 @@ from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, requi
 from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
 from gpuclust.cluster.moments import Moments, centroid_dtype
+from gpuclust.cluster.relief import relief
 from gpuclust.cluster.scalable import choose_scalable
 from gpuclust.cluster.seeding import choose_plus_plus, choose_random
 from gpuclust.cluster.source import ChunkSource, chunk_rows, take_rows
@@ -54,6 +56,9 @@ class Fit:
         Seconds: ``moments_s``, ``seed_s``, ``iterate_s``, ``select_s``.
     rows : str
         Where the rows were: in memory, copied to the device, or streamed, and why.
+    notes : tuple of str
+        What else a reader should know: that memory ran out and chunks became smaller, or what a backend that runs a
+        whole fit does in its own way.
     """
 
     centroids: torch.Tensor
@@ -69,6 +74,7 @@ class Fit:
     recheck_share: float
     times: dict[str, float] = field(default_factory=dict)
     rows: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def fit_kmeans(
@@ -98,7 +104,8 @@ def fit_kmeans(
     weights : float64 (n,) or None
         None negative, not all zero.
     memory_limit : int or None
-        Bytes that may be used beside the rows. It groups the restarts and never changes the result.
+        Bytes that may be used beside the rows. It groups the restarts and never changes the result. Where memory runs
+        out nevertheless, smaller chunks are tried, and ``notes`` says so.
     tell : Callable or None
         Takes a line about each restart.
     group : Group or None
@@ -114,7 +121,9 @@ def fit_kmeans(
     """
     d, device, group = source.shape[1], source.device, group or OneProcess()
     watch = _Watch(device)
-    with full_precision(device):
+    with full_precision(device), relief(device) as room:
+        # Others wait for what a process repeats, where repeating is more than a pass: then it is not repeated.
+        alone = room.run if group.size == 1 else lambda attempt: attempt()
         require_same(
             group,
             features=d,
@@ -136,7 +145,8 @@ def fit_kmeans(
             runner, rejected = choose(backend, problem)
         shares = None if weights is None else Weights(weights, block)
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
-        moments = Moments.of(source, None if shares is None else shares.lightest, block)
+        lightest = None if shares is None else shares.lightest
+        moments = alone(lambda: Moments.of(source, lightest, block))
         watch.lap("moments_s")
         budget = memory_limit if memory_limit is not None else _BUDGET_BYTES.get(device.type, 512 << 20)
         together = max(1, budget // (32 * ((k + 1) * d + block.most)))
@@ -150,13 +160,14 @@ def fit_kmeans(
             max_iter=max_iter,
             tol=tol * moments.spread / (n * d),
             precision=precision,
+            relief=room,
         )
         solutions: list[Solution] = []
         for first in range(0, n_init, together):
             restarts = range(first, min(n_init, first + together))
             centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
             if isinstance(init, str):
-                rows = _seed(init, source, moments, k, seed, restarts, shares, budget)
+                rows = alone(partial(_seed, init, source, moments, k, seed, restarts, shares, budget))
                 for place, chosen in zip(centroids, rows, strict=True):
                     place.copy_(take_rows(source, block, torch.tensor(chosen, device=device)))
             else:
@@ -169,7 +180,7 @@ def fit_kmeans(
                 for restart, one in zip(restarts, found, strict=True):
                     tell(f"restart {restart}: {one.n_iter} iterations, inertia {one.inertia * unit:.10g}")
             solutions = _close(solutions + found, moments)
-        best, dist2, inertia = _best(source, moments, solutions, weights)
+        best, dist2, inertia = alone(lambda: _best(source, moments, solutions, weights))
         watch.lap("select_s")
     return Fit(
         best.centroids,
@@ -184,6 +195,7 @@ def fit_kmeans(
         rejected,
         lloyd.work.recheck_share,
         watch.times,
+        notes=() if room.note is None else (room.note,),
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -19,6 +21,7 @@ from gpuclust.cluster.inputs import Rows, is_real, is_whole, read_rows, read_wei
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.moments import centroid_dtype
 from gpuclust.cluster.predict import dist2_to_all, nearest
+from gpuclust.cluster.relief import relief
 from gpuclust.cluster.scikit import ScikitLearn
 from gpuclust.cluster.source import ChunkSource, TensorSource
 from gpuclust.cluster.sums import total
@@ -154,6 +157,10 @@ class KMeans(ScikitLearn):
         UnavailableError (a ValueError)
             For a backend, solver or device that cannot run here.
         """
+        with self._as_it_was():
+            return self._fit(X, sample_weight)
+
+    def _fit(self, X: Any, sample_weight: Any) -> Self:
         X, group = unshared(X)
         with in_all(group):
             self._check_parameters()
@@ -202,9 +209,9 @@ class KMeans(ScikitLearn):
         """The nearest centroid of each row of ``X`` (n, d): int32 (n,)."""
         rows, centroids = self._known(unshared(X)[0])
         backend = self._backend(rows.source)
-        with full_precision(rows.source.device):
-            limit = rows.left_of(self.memory_limit)
-            return rows.back(nearest(rows.source, centroids, backend, self.precision, limit))
+        limit = rows.left_of(self.memory_limit)
+        with full_precision(rows.source.device), relief(rows.source.device) as room:
+            return rows.back(room.run(lambda: nearest(rows.source, centroids, backend, self.precision, limit)))
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """``fit(X)``, then its labels: int32 (n,)."""
@@ -216,9 +223,13 @@ class KMeans(ScikitLearn):
         rows, centroids = self._known(X)
         # Where it is wanted: the device that rows are streamed to may have no room for it.
         out = torch.empty(rows.source.shape[0], len(centroids), dtype=centroids.dtype, device=rows.home)
-        with full_precision(rows.source.device):
+
+        def fill() -> None:
             for part, dist2 in dist2_to_all(rows.source, centroids):
                 out[part] = dist2.sqrt_()
+
+        with full_precision(rows.source.device), relief(rows.source.device) as room:
+            room.run(fill)
         return self._in_container(rows.back(out), X)
 
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
@@ -232,11 +243,12 @@ class KMeans(ScikitLearn):
             rows, centroids = self._known(X)
         source = rows.source
         weights = read_weights(sample_weight, source, group)
-        with full_precision(source.device):
+        with full_precision(source.device), relief(source.device) as room:
             with in_all(group):
                 limit = rows.left_of(self.memory_limit)
-                labels = nearest(source, centroids, self._backend(source), self.precision, limit)
-                dist2 = distances(source, centroids, labels)
+                backend = self._backend(source)
+                labels = room.run(lambda: nearest(source, centroids, backend, self.precision, limit))
+                dist2 = room.run(lambda: distances(source, centroids, labels))
             return -total(dist2, weights, Block.of(source.shape[0], group))
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
@@ -246,6 +258,17 @@ class KMeans(ScikitLearn):
         return np.asarray([f"{name}{i}" for i in range(len(self.cluster_centers_))], dtype=object)
 
     # ---- inside
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Whatever ends the block early, Ctrl-C included, the estimator is then as it was before."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
 
     def _check_parameters(self) -> None:
         name = type(self).__name__
