@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
 from gpuclust.arithmetic import full_precision
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.cosine import HALF, unit_means
 from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, require_same
 from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
@@ -41,7 +43,7 @@ class Fit:
     dist2 : float64 (n,)
         Reference distance of each row to its centroid.
     inertia : float
-        Weighted sum of ``dist2``.
+        Weighted sum of ``dist2``; half of it for the metric "cosine".
     n_iter : int
         Iterations of the best restart.
     trace : tuple of float
@@ -92,6 +94,7 @@ def fit_kmeans(
     memory_limit: int | None = None,
     tell: Callable[[str], None] | None = None,
     group: Group | None = None,
+    metric: str = "euclidean",
 ) -> Fit:
     """k-means of the rows of ``source`` (n, d), k <= n.
 
@@ -111,6 +114,8 @@ def fit_kmeans(
     group : Group or None
         The processes that share the fit: each has a contiguous block of the rows, in the order of their ranks, as its
         ``source``, and its part of ``weights``; ``labels``, ``dist2`` and the re-checked share are of these rows.
+    metric : {"euclidean", "cosine"}
+        "cosine": ``source`` has rows of unit length (`gpuclust.cluster.cosine.UnitRows`), and so have given centroids.
 
     Raises
     ------
@@ -137,6 +142,7 @@ def fit_kmeans(
             weights="given" if weights is not None else None,
             precision=precision,
             memory_limit=memory_limit,
+            metric=metric,
         )
         block = Block.of(source.shape[0], group)
         n = block.n
@@ -145,6 +151,8 @@ def fit_kmeans(
             runner, rejected = choose(backend, problem)
         shares = None if weights is None else Weights(weights, block)
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
+        spherical: dict[str, Any] = {"finish": unit_means} if metric == "cosine" else {}
+        unit *= HALF if spherical else 1.0
         lightest = None if shares is None else shares.lightest
         moments = alone(lambda: Moments.of(source, lightest, block))
         watch.lap("moments_s")
@@ -161,6 +169,7 @@ def fit_kmeans(
             tol=tol * moments.spread / (n * d),
             precision=precision,
             relief=room,
+            **spherical,
         )
         solutions: list[Solution] = []
         for first in range(0, n_init, together):

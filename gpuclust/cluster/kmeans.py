@@ -15,6 +15,7 @@ from gpuclust.arithmetic import full_precision
 from gpuclust.cluster.arrays import read_array
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Backend, Problem
+from gpuclust.cluster.cosine import HALF, UnitRows, require_directions, unit_rows
 from gpuclust.cluster.distributed import Block, Group, in_all, unshared
 from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.inputs import Rows, is_real, is_whole, read_rows, read_weights
@@ -31,7 +32,7 @@ from gpuclust.errors import InputError, UnavailableError
 # Beginnings that have a name.
 INITS = ("k-means++", "k-means||", "random")
 # Part of the estimator's interface, and not of this version.
-_NOT_YET = {"solver": "dual", "algorithm": "hartigan-wong", "metric": "cosine"}
+_NOT_YET = {"solver": "dual", "algorithm": "hartigan-wong"}
 
 
 class KMeans(ScikitLearn):
@@ -58,7 +59,10 @@ class KMeans(ScikitLearn):
         Without effect: X is never written.
     algorithm : {"lloyd", "elkan"}
         Both run Lloyd's, which gives the same labels.
-    metric : {"euclidean"}
+    metric : {"euclidean", "cosine"}
+        "cosine": spherical k-means (`gpuclust.cluster.cosine`): rows count by their direction alone, centroids have
+        unit length, and 1 - cos takes the place of squared distances, in `transform` that of distances. A row of zeros
+        is an error.
     precision : {"exact", "fast"}
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
         the lowest index. "fast": the nearest by float32 arithmetic, unchecked.
@@ -77,7 +81,7 @@ class KMeans(ScikitLearn):
         float64 for float64 X and whole numbers, float32 for float32, float16 and bfloat16.
     labels_ : int32 (n,)
     inertia_ : float
-        Sum of squared distances to the nearest centroid, times the weights.
+        Sum of squared distances to the nearest centroid, times the weights; of 1 - cos for ``metric="cosine"``.
     n_iter_ : int
     n_features_in_ : int
     feature_names_in_ : array of str (d,)
@@ -166,9 +170,10 @@ class KMeans(ScikitLearn):
             self._check_parameters()
             rows = self._read(X, reset=True)
             own_seed = _seed(self.random_state)
-        source, k = rows.source, int(self.n_clusters)
-        told = group.gather((source.shape[0], own_seed))
+        k = int(self.n_clusters)
+        told = group.gather((rows.source.shape[0], own_seed))
         n, seed = sum(count for count, _ in told), told[0][1]
+        source = self._measured(rows, first=sum(count for count, _ in told[: group.rank]))
         with in_all(group):
             if k > n:
                 raise InputError(f"n_samples={n} should be >= n_clusters={k}.")
@@ -187,6 +192,7 @@ class KMeans(ScikitLearn):
             memory_limit=rows.left_of(self.memory_limit),
             tell=print if self.verbose and group.rank == 0 else None,
             group=group,
+            metric=self.metric,
         )
         taken = torch.bincount(fit.labels, minlength=k)
         found = int((group.all_reduce(taken) > 0).sum())
@@ -197,7 +203,7 @@ class KMeans(ScikitLearn):
                 f"Number of distinct clusters ({found}) found smaller than n_clusters ({k}). "
                 "Possibly due to duplicate points in X.",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         self.cluster_centers_ = rows.back(fit.centroids)
         self.labels_ = rows.back(fit.labels)
@@ -208,27 +214,32 @@ class KMeans(ScikitLearn):
     def predict(self, X: Any) -> Any:
         """The nearest centroid of each row of ``X`` (n, d): int32 (n,)."""
         rows, centroids = self._known(unshared(X)[0])
-        backend = self._backend(rows.source)
-        limit = rows.left_of(self.memory_limit)
-        with full_precision(rows.source.device), relief(rows.source.device) as room:
-            return rows.back(room.run(lambda: nearest(rows.source, centroids, backend, self.precision, limit)))
+        source = self._measured(rows)
+        backend, limit = self._backend(source), rows.left_of(self.memory_limit)
+        with full_precision(source.device), relief(source.device) as room:
+            return rows.back(room.run(lambda: nearest(source, centroids, backend, self.precision, limit)))
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """``fit(X)``, then its labels: int32 (n,)."""
         return self.fit(X, sample_weight=sample_weight).labels_
 
     def transform(self, X: Any) -> Any:
-        """Distances of the rows of ``X`` (n, d) to the centroids, in their type: (n, n_clusters)."""
+        """Distances of the rows of ``X`` (n, d) to the centroids, in their type: (n, n_clusters).
+
+        For ``metric="cosine"`` it is 1 - cos.
+        """
         X = unshared(X)[0]
         rows, centroids = self._known(X)
         # Where it is wanted: the device that rows are streamed to may have no room for it.
         out = torch.empty(rows.source.shape[0], len(centroids), dtype=centroids.dtype, device=rows.home)
 
-        def fill() -> None:
-            for part, dist2 in dist2_to_all(rows.source, centroids):
-                out[part] = dist2.sqrt_()
+        source = self._measured(rows)
 
-        with full_precision(rows.source.device), relief(rows.source.device) as room:
+        def fill() -> None:
+            for part, dist2 in dist2_to_all(source, centroids):
+                out[part] = dist2.sqrt_() if self.metric == "euclidean" else dist2.mul_(HALF)
+
+        with full_precision(source.device), relief(source.device) as room:
             room.run(fill)
         return self._in_container(rows.back(out), X)
 
@@ -241,7 +252,7 @@ class KMeans(ScikitLearn):
         X, group = unshared(X)
         with in_all(group):
             rows, centroids = self._known(X)
-        source = rows.source
+        source = self._measured(rows)
         weights = read_weights(sample_weight, source, group)
         with full_precision(source.device), relief(source.device) as room:
             with in_all(group):
@@ -249,7 +260,8 @@ class KMeans(ScikitLearn):
                 backend = self._backend(source)
                 labels = room.run(lambda: nearest(source, centroids, backend, self.precision, limit))
                 dist2 = room.run(lambda: distances(source, centroids, labels))
-            return -total(dist2, weights, Block.of(source.shape[0], group))
+            found = total(dist2, weights, Block.of(source.shape[0], group))
+            return -found if self.metric == "euclidean" else -found * HALF
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Names of the columns of `transform`: ``kmeans0``, ``kmeans1`` and so on."""
@@ -278,7 +290,7 @@ class KMeans(ScikitLearn):
             ("max_iter", is_whole(self.max_iter, 1), "an int in the range [1, inf)"),
             ("tol", is_real(self.tol, 0), "a float in the range [0.0, inf)"),
             ("algorithm", self.algorithm in ("lloyd", "elkan", "hartigan-wong"), "'lloyd' or 'elkan'"),
-            ("metric", self.metric in ("euclidean", "cosine"), "'euclidean'"),
+            ("metric", self.metric in ("euclidean", "cosine"), "'euclidean' or 'cosine'"),
             ("precision", self.precision in PRECISIONS, " or ".join(map(repr, PRECISIONS))),
             ("solver", self.solver in SOLVERS, " or ".join(map(repr, SOLVERS))),
             ("backend", self.backend in BACKENDS, "one of " + ", ".join(map(repr, BACKENDS))),
@@ -291,6 +303,12 @@ class KMeans(ScikitLearn):
             if not right:
                 value = getattr(self, parameter)
                 raise InputError(f"The {parameter!r} parameter of {name} must be {allowed}. Got {value!r} instead.")
+        for parameter, other in (("solver", "dual"), ("algorithm", "hartigan-wong"), ("backend", "cuml")):
+            if self.metric == "cosine" and getattr(self, parameter) == other:
+                raise UnavailableError(
+                    f"metric='cosine' and {parameter}={other!r} do not go together: {other} knows Euclidean distances "
+                    f"alone; leave {parameter!r} at its default"
+                )
         for parameter, missing in _NOT_YET.items():
             if getattr(self, parameter) == missing:
                 raise UnavailableError(f"{parameter}={missing!r} is not part of this version of gpuclust")
@@ -309,6 +327,12 @@ class KMeans(ScikitLearn):
                 f"X has {d} features, but {type(self).__name__} is expecting {self.n_features_in_} features as input."
             )
         return rows
+
+    def _measured(self, rows: Rows, first: int = 0) -> ChunkSource:
+        """The rows as the metric sees them; ``first`` is the number of the first of them."""
+        if self.metric == "euclidean":
+            return rows.source
+        return UnitRows(rows.source, rows.left_of(self.memory_limit), first)
 
     def _known(self, X: Any) -> tuple[Rows, torch.Tensor]:
         self._check_fitted()
@@ -356,7 +380,7 @@ class KMeans(ScikitLearn):
                 f"Explicit initial center position passed: performing only one init in {type(self).__name__} "
                 f"instead of n_init={n_init}.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return [self._given(self.init, source)], 1
 
@@ -369,7 +393,10 @@ class KMeans(ScikitLearn):
         values = given.to(source.device, centroid_dtype(source.dtype))
         if not bool(values.isfinite().all()):
             raise InputError("The initial centers contain NaN or infinity.")
-        return values
+        if self.metric == "euclidean":
+            return values
+        require_directions(given, what="The initial centers contain one of zeros: number")
+        return unit_rows(given.to(source.device), values.dtype)
 
 
 def _seed(random_state: Any) -> int:

@@ -105,6 +105,8 @@ class Lloyd:
     precision : {"exact", "fast"}
     relief : Relief, optional
         Where memory runs out in a pass, it makes the pass again.
+    finish : Callable
+        Makes centroids of the means (k, d) of the clusters, float64, and of the centroids before.
     """
 
     def __init__(
@@ -120,7 +122,9 @@ class Lloyd:
         tol: float,
         precision: str,
         relief: Relief | None = None,
+        finish: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda means, before: means.to(before.dtype),
     ) -> None:
+        self.finish = finish
         self.relief = relief or Relief(source.device)
         self.backend, self.source, self.moments, self.group = backend, source, moments, group
         self.weights, self.chunk_rows = weights, chunk_rows
@@ -233,7 +237,7 @@ class Lloyd:
         """Move the centroids (k, d) of one restart to the means of their rows: the sum of the squared movements."""
         if bool((mass == 0).any()):
             sums, mass = self._fill_empty(centroids, labels, sums.clone(), mass.clone())
-        means = (sums.sum(0) / mass[:, None]).to(centroids.dtype)
+        means = self.finish(sums.sum(0) / mass[:, None], centroids)
         # A cluster that gave its last row away stays where it is.
         means = torch.where(mass[:, None] > 0, means, centroids)
         shift = tree_sum((means.double() - centroids.double()).square_().view(1, -1)).item()
