@@ -21,6 +21,7 @@ from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.inputs import Rows, is_real, is_whole, read_rows, read_weights
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.moments import centroid_dtype
+from gpuclust.cluster.portable import from_host, has_moved, is_here, to_host
 from gpuclust.cluster.predict import dist2_to_all, nearest
 from gpuclust.cluster.relief import relief
 from gpuclust.cluster.scikit import ScikitLearn
@@ -205,6 +206,7 @@ class KMeans(ScikitLearn):
                 ConvergenceWarning,
                 stacklevel=3,
             )
+        vars(self).pop("_away", None)  # of another fit
         self.cluster_centers_ = rows.back(fit.centroids)
         self.labels_ = rows.back(fit.labels)
         self.inertia_, self.n_iter_ = fit.inertia, fit.n_iter
@@ -269,12 +271,31 @@ class KMeans(ScikitLearn):
         name = type(self).__name__.lower()
         return np.asarray([f"{name}{i}" for i in range(len(self.cluster_centers_))], dtype=object)
 
+    # ---- pickled and copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: to_host(value) for name, value in vars(self).items() if name != "_away"}
+        return state | vars(self).get("_away", {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Results that lay on a device go back there when they are first asked for: only then is the device touched."""
+        away = {name: value for name, value in state.items() if has_moved(value)}
+        vars(self).update({name: value for name, value in state.items() if name not in away})
+        vars(self)["_away"] = away
+
+    def __getattr__(self, name: str) -> Any:
+        away = vars(self).get("_away", {})
+        if name not in away:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        setattr(self, name, from_host(away.pop(name)))
+        return vars(self)[name]
+
     # ---- inside
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
         """Whatever ends the block early, Ctrl-C included, the estimator is then as it was before."""
-        before = dict(vars(self))
+        before = {name: dict(value) if name == "_away" else value for name, value in vars(self).items()}
         try:
             yield
         except BaseException:
@@ -318,7 +339,7 @@ class KMeans(ScikitLearn):
             from sklearn.utils.validation import _check_feature_names
 
             _check_feature_names(self, X, reset=reset)
-        rows = read_rows(X, self.device, type(self).__name__, self.memory_limit)
+        rows = read_rows(X, self.device if reset else self._device(), type(self).__name__, self.memory_limit)
         d = rows.source.shape[1]
         if reset:
             self.n_features_in_ = d
@@ -347,6 +368,20 @@ class KMeans(ScikitLearn):
                 f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with appropriate arguments before "
                 "using this estimator."
             )
+
+    def _device(self) -> Any:
+        """Where to predict: a model that came from another machine, whose device this one lacks, does it where X is."""
+        if self.device is None or "_away" not in vars(self) or str(self.device) == "auto":
+            return self.device
+        if is_here(torch.device(self.device)):
+            return self.device
+        warnings.warn(
+            f"this model was fitted on another machine with device={self.device!r}, which is not here: it computes "
+            "where X is; set_params(device=None) says so for good",
+            UserWarning,
+            stacklevel=5,
+        )
+        return None
 
     def _backend(self, source: ChunkSource) -> Backend:
         n, d = source.shape
