@@ -12,7 +12,7 @@ import torch
 
 from gpuclust.arithmetic import full_precision
 from gpuclust.cluster.backends import choose
-from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.backends.base import Problem, WholeFit
 from gpuclust.cluster.cosine import HALF, unit_means
 from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, require_same
 from gpuclust.cluster.draws import RandomBits
@@ -49,7 +49,7 @@ class Fit:
     trace : tuple of float
         Sum of the squared movements of its centroids in each iteration.
     backend, solver, precision : str
-        What ran.
+        What ran; all three name a backend that runs a whole fit in its own way, as cuml does.
     rejected : dict
         Backends passed over, with the reason of each.
     recheck_share : float
@@ -149,6 +149,20 @@ def fit_kmeans(
         with in_all(group):
             problem = Problem(n, d, k, source.dtype, device, weights is not None, n_init, group.size)
             runner, rejected = choose(backend, problem)
+        if isinstance(runner, WholeFit):
+            return _whole(
+                runner,
+                source,
+                k,
+                rejected,
+                watch,
+                init=init,
+                n_init=n_init,
+                max_iter=max_iter,
+                tol=tol,
+                seed=seed,
+                weights=weights,
+            )
         shares = None if weights is None else Weights(weights, block)
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
         spherical: dict[str, Any] = {"finish": unit_means} if metric == "cosine" else {}
@@ -205,6 +219,29 @@ def fit_kmeans(
         lloyd.work.recheck_share,
         watch.times,
         notes=() if room.note is None else (room.note,),
+    )
+
+
+def _whole(
+    runner: WholeFit,
+    source: ChunkSource,
+    k: int,
+    rejected: dict[str, str],
+    watch: _Watch,
+    **parameters: Any,
+) -> Fit:
+    """The fit of a backend that runs all of it in its own way, which its notes tell."""
+    centroids, labels, dist2, inertia, n_iter, notes = runner.fit(source, k, **parameters)
+    watch.lap("iterate_s")
+    return Fit(
+        *(centroids, labels, dist2, inertia, n_iter, ()),
+        backend=runner.name,
+        solver=runner.name,
+        precision=runner.name,
+        rejected=rejected,
+        recheck_share=0.0,
+        times=watch.times,
+        notes=notes,
     )
 
 

@@ -68,7 +68,9 @@ class KMeans(ScikitLearn):
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
         the lowest index. "fast": the nearest by float32 arithmetic, unchecked.
     solver : {"auto", "primal"}
-    backend : {"auto", "torch"}
+    backend : {"auto", "torch", "cuml"}
+        "cuml": the fit is that of RAPIDS' cuML, with its own convergence and rounding; labels are then not exact, and
+        ``fit_report_.notes`` says what differs. "auto" never takes it.
     device : str, torch.device or None
         Where to compute; where X is by default.
     memory_limit : int or None
@@ -88,7 +90,8 @@ class KMeans(ScikitLearn):
     feature_names_in_ : array of str (d,)
         Only if X has names of columns that are all strings.
     fit_report_ : gpuclust.cluster.fit.Fit
-        Backend, solver, rejected backends with reasons, share of re-checked assignments, times, where the rows were.
+        Backend, solver, rejected backends with reasons, share of re-checked assignments, times, where the rows were,
+        and notes: that memory ran out and chunks became smaller, what cuML does in its own way.
 
     Notes
     -----
@@ -385,7 +388,9 @@ class KMeans(ScikitLearn):
 
     def _backend(self, source: ChunkSource) -> Backend:
         n, d = source.shape
-        return choose(self.backend, Problem(n, d, len(self.cluster_centers_), source.dtype, source.device))[0]
+        # What cuML fitted is asked with the exact code.
+        name = "auto" if self.backend == "cuml" else self.backend
+        return choose(name, Problem(n, d, len(self.cluster_centers_), source.dtype, source.device))[0]
 
     def _starts(self, X: Any, rows: Rows, seed: int, group: Group) -> tuple[str | list[torch.Tensor], int]:
         """What the restarts begin with, and how many there are."""

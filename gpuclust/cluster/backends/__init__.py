@@ -1,4 +1,4 @@
-"""The backends by name, in the order in which ``auto`` tries them."""
+"""The backends by name, in the order in which ``auto`` tries them; it never takes cuml."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from gpuclust.cluster.backends.base import Backend, Problem
 from gpuclust.errors import UnavailableError
 
 # Known by name and not part of this version: asked for, they are an error; ``auto`` records why they did not run.
-_NOT_YET = {name: f"gpuclust has no {name} backend in this version" for name in ("cupy", "triton", "cuml")}
+_NOT_YET = {name: f"gpuclust has no {name} backend in this version" for name in ("cupy", "triton")}
 ORDER = ("cupy", "triton", "torch")
 
 
 def _backends() -> dict[str, Backend]:
+    from gpuclust.cluster.backends.cuml import CumlBackend
     from gpuclust.cluster.backends.torch import TorchBackend
 
-    return {"torch": TorchBackend()}
+    return {"torch": TorchBackend(), "cuml": CumlBackend()}
 
 
 def survey() -> dict[str, str | None]:
