@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from cases_cluster import rows
@@ -160,3 +161,72 @@ def test_every_kind_of_chunk_is_halved() -> None:
             room.run(lambda: bytearray(1 << 62))
         assert all(size <= max(1, before >> 20) for size, before in zip(sizes(), usual, strict=True))
     assert sizes() == usual
+
+
+# ---- a fit that is interrupted
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("at", [1, 4, 9, 20, 40])
+def test_an_interrupted_fit_leaves_the_estimator_and_torch_as_they_were(
+    at: int, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "3KiB")
+
+    def interrupt(number: int, size: int) -> None:
+        if number == at:
+            raise KeyboardInterrupt
+
+    table = pandas.DataFrame(rows("blobs", 200, 3).numpy(), columns=["a", "b", "c"])
+    model = KMeans(6, random_state=0, n_init=4, metric=metric).fit(table)
+    before, precision = dict(vars(model)), torch.backends.mkldnn.matmul.fp32_precision
+    other = rows("relu", 700, 9)
+    other = other[other.any(1)]
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(Scarce(other, interrupt))
+    assert vars(model) == before
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision
+    np.testing.assert_array_equal(model.predict(table), model.labels_)
+    assert same(model.fit(other), KMeans(6, random_state=0, n_init=4, metric=metric).fit(other))
+    assert not hasattr(model, "feature_names_in_")
+
+
+@pytest.mark.parametrize("bad", ["nan", "width", "k", "weights", "init", "parameter"])
+def test_a_fit_that_is_refused_leaves_the_estimator_as_it_was(bad: str) -> None:
+    x = rows("blobs", 60, 3)
+    model = fit(x)
+    before, weights, other = dict(vars(model)), None, rows("blobs", 60, 5)
+    changed: dict[str, Any] = {}
+    if bad == "nan":
+        other[59, 4] = float("nan")
+    elif bad == "width":
+        other = other[:, :0]
+    elif bad == "k":
+        other = other[:5]
+    elif bad == "weights":
+        weights = -np.ones(60)
+    else:
+        changed = {"init": np.zeros((2, 2)), "n_init": 1} if bad == "init" else {"tol": -1}
+    before |= changed
+    with pytest.raises(ValueError):
+        model.set_params(**changed).fit(other, sample_weight=weights)
+    assert vars(model) == before
+    assert torch.equal(model.predict(x), model.labels_)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_nearly_full_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows("blobs", 200_000, 64).cuda()
+    plain = KMeans(1000, init="random", n_init=1, random_state=0, max_iter=4).fit(x)
+    monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "4GiB")
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(x.device).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + (400 << 20)) / total)
+    try:
+        found = KMeans(1000, init="random", n_init=1, random_state=0, max_iter=4).fit(x)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert found.fit_report_.notes
+    assert torch.equal(found.labels_, plain.labels_)
+    assert torch.equal(found.cluster_centers_, plain.cluster_centers_)
+    assert found.inertia_ == plain.inertia_

@@ -181,6 +181,12 @@ class KMeans(ScikitLearn):
         with in_all(group):
             if k > n:
                 raise InputError(f"n_samples={n} should be >= n_clusters={k}.")
+            if k == 1 and self.algorithm == "elkan":
+                warnings.warn(
+                    "algorithm='elkan' doesn't make sense for a single cluster. Using 'lloyd' instead.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
             init, n_init = self._starts(X, rows, seed, group)
         fit = fit_kmeans(
             source,
@@ -272,7 +278,7 @@ class KMeans(ScikitLearn):
         """Names of the columns of `transform`: ``kmeans0``, ``kmeans1`` and so on."""
         self._check_fitted()
         name = type(self).__name__.lower()
-        return np.asarray([f"{name}{i}" for i in range(len(self.cluster_centers_))], dtype=object)
+        return np.asarray([f"{name}{i}" for i in range(self.cluster_centers_.shape[0])], dtype=object)
 
     # ---- pickled and copied
 
@@ -390,7 +396,7 @@ class KMeans(ScikitLearn):
         n, d = source.shape
         # What cuML fitted is asked with the exact code.
         name = "auto" if self.backend == "cuml" else self.backend
-        return choose(name, Problem(n, d, len(self.cluster_centers_), source.dtype, source.device))[0]
+        return choose(name, Problem(n, d, self.cluster_centers_.shape[0], source.dtype, source.device))[0]
 
     def _starts(self, X: Any, rows: Rows, seed: int, group: Group) -> tuple[str | list[torch.Tensor], int]:
         """What the restarts begin with, and how many there are."""
