@@ -39,7 +39,8 @@ _NOT_YET = {"solver": "dual", "algorithm": "hartigan-wong"}
 class KMeans(ScikitLearn):
     """k-means with exact labels and the same bits for any chunk size and number of threads or processes.
 
-    Parameters and attributes that scikit-learn's KMeans has mean what they mean there.
+    Of scikit-learn's own checks one fails, as it does for scikit-learn's KMeans:
+    ``check_sample_weight_equivalence_on_dense_data`` (weights draw other seeds than repeated rows). Parameters and attributes that scikit-learn's KMeans has mean what they mean there.
 
     Parameters
     ----------
@@ -76,7 +77,7 @@ class KMeans(ScikitLearn):
     memory_limit : int or None
         Bytes for a copy of X on the device and for what grows with clusters, features and restarts; beside it a fit
         holds some 60 bytes per row. X of which a copy would take more than three quarters of it (or of what is free)
-        is streamed. It never changes the result.
+        is streamed. It never changes the result. Where memory runs out in mid-fit, smaller chunks are tried.
 
     Attributes
     ----------
@@ -100,6 +101,8 @@ class KMeans(ScikitLearn):
     order), or a chunk source (`gpuclust.cluster.source.ChunkSource`); results are of the same kind on the same device.
     What is streamed, from memory, a file or chunks, is read several times, and gives the same bits; if it changes
     meanwhile that is an error (`HostSource` says what is noticed in a file). A callable ``init`` gets it as it is.
+    A pickled model has in host memory what lies on a device; where it is read the results go back to that device when
+    they are first asked for, or stay on the CPU where it is missing. A fit that fails leaves the model as it was.
     Processes that each hold a part of the rows fit them as one with ``fit(shared(X))``, and with nothing else; see
     `gpuclust.cluster.distributed.shared`.
     Sums are of values rounded to a grid per feature (`gpuclust.cluster.sums`), so that no order of adding changes them:
