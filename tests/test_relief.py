@@ -108,6 +108,16 @@ def test_sums_are_not_left_half_done(part: str, after: bool, at: int, monkeypatc
     assert same(found, plain)
 
 
+def test_empty_clusters_are_filled_where_memory_runs_out() -> None:
+    x = rows("blobs", 300, 5)
+    init = torch.cat([x[:3], torch.full((3, 5), 1e3) + torch.arange(3)[:, None]])
+    plain, source = KMeans(6, init=init).fit(x), Scarce(x, lambda number, size: None)
+    assert same(KMeans(6, init=init).fit(source), plain)
+    for at in range(1, source.handed + 1):
+        scarce = Scarce(x, lambda number, size, at=at: MemoryError() if number == at else None)
+        assert same(KMeans(6, init=init).fit(scarce), plain), at
+
+
 def test_a_sketch_that_finds_no_memory_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     x = rows("blobs", 6000, 256)
     plain, taken = KMeans(12, init="random", random_state=0, n_init=1, tol=0).fit(x), []

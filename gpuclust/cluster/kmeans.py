@@ -39,8 +39,9 @@ _NOT_YET = {"solver": "dual", "algorithm": "hartigan-wong"}
 class KMeans(ScikitLearn):
     """k-means with exact labels and the same bits for any chunk size and number of threads or processes.
 
-    Of scikit-learn's own checks one fails, as it does for scikit-learn's KMeans:
-    ``check_sample_weight_equivalence_on_dense_data`` (weights draw other seeds than repeated rows). Parameters and attributes that scikit-learn's KMeans has mean what they mean there.
+    Parameters and attributes that scikit-learn's KMeans has mean what they mean there. Of scikit-learn's own checks one
+    fails, as it does for its KMeans: ``check_sample_weight_equivalence_on_dense_data``, since weights draw other seeds
+    than repeated rows.
 
     Parameters
     ----------
@@ -222,6 +223,7 @@ class KMeans(ScikitLearn):
         self.cluster_centers_ = rows.back(fit.centroids)
         self.labels_ = rows.back(fit.labels)
         self.inertia_, self.n_iter_ = fit.inertia, fit.n_iter
+        self._n_init = n_init  # how many restarts there were, by the name that scikit-learn has for it
         self.fit_report_ = replace(fit, rows=rows.how)
         return self
 

@@ -249,7 +249,7 @@ class Lloyd:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give each empty cluster the row farthest from its centroid (ties: lowest index), as in scikit-learn."""
         empty = (mass == 0).nonzero()[:, 0]
-        dist2 = distances(self.source, centroids, labels)
+        dist2 = self.relief.run(lambda: distances(self.source, centroids, labels))
         if self.weights is not None:
             dist2[self.weights.values == 0] = 0
         far = self._farthest(dist2, labels, empty.numel())
