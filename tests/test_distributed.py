@@ -78,6 +78,7 @@ def _cases(size: int) -> dict[str, tuple[torch.Tensor, dict[str, Any], np.ndarra
     cases["k-means++, weights"] = (x, {"n_init": 3}, _weights(0))
     cases["weights that are one here and two there"] = (_blobs(torch.float32), {}, np.where(np.arange(N) < 7, 1.0, 2.0))
     cases["array"] = (x, {"init": x[50:59]}, None)
+    cases["cosine, weights"] = (_blobs(torch.float32), {"metric": "cosine", "n_init": 3}, _weights(0))
     cases["array, empty clusters, weights"] = (x, {"init": _far(x, 4)}, _weights(0))
     cases["equally good restarts"] = (_mirrored(), {"n_clusters": 2, "init": "random", "n_init": 8}, None)
     return cases
@@ -118,6 +119,8 @@ def _refusals(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
     bad = x.clone()
     bad[200, 4] = float("nan")
     bad[210, 1] = float("inf")
+    zeros = x.clone()
+    zeros[220] = 0
     ones = np.ones(len(part(x)))
     attempts: dict[str, Callable[[], Any]] = {
         "NaN": lambda: KMeans(3).fit(shared(part(bad), group)),
@@ -135,6 +138,8 @@ def _refusals(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
         "weights negative": lambda: KMeans(3).fit(shared(part(x), group), sample_weight=-ones if last else ones),
         "weights zero": lambda: KMeans(3).fit(shared(part(x), group), sample_weight=0 * ones),
         "too large": lambda: KMeans(3).fit(shared(part(x.double() * (1e160 if last else 1)), group)),
+        "zeros": lambda: KMeans(3, metric="cosine").fit(shared(part(zeros), group)),
+        "metric": lambda: KMeans(3, metric="cosine" if last else "euclidean", random_state=0).fit(shared(x, group)),
         "score": lambda: KMeans(3).fit(x).score(shared(bad if last else x, group)),
     }
     found = {}
@@ -217,6 +222,8 @@ def test_an_error_of_one_process_is_an_error_of_all(answers: list[dict[str, Any]
         ("weights negative", "InputError", "process 1 of 2: Negative values"),
         ("weights zero", "InputError", "sample_weight is zero for every row"),
         ("too large", "InputError", "too large"),
+        ("zeros", "InputError", "process 1 of 2: Input X contains a row of zeros: row 220 "),
+        ("metric", "InputError", "need the same metric; got 'euclidean' in process 0, 'cosine' in process 1"),
         ("score", "InputError", "process 1 of 2: Input X contains NaN: nan in row 200, column 4"),
     ):
         assert one.pop(name)[0] == kind, name

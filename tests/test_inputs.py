@@ -197,6 +197,22 @@ def test_given_centroids_may_be_of_any_kind(kind: str) -> None:
     np.testing.assert_array_equal(X[:4], np.asarray(init))
 
 
+def test_strict_arrays_come_back_as_strict_arrays() -> None:
+    strict = pytest.importorskip("array_api_strict")
+    x, weights = strict.asarray(X), strict.asarray(np.arange(80.0))
+    model = KMeans(4, init=x[:4, :]).fit(x, sample_weight=weights)
+    plain = KMeans(4, init=X[:4]).fit(X, sample_weight=np.arange(80.0))
+    for result in (model.cluster_centers_, model.labels_, model.predict(x), model.transform(x)):
+        assert type(result) is type(x)
+    np.testing.assert_array_equal(np.from_dlpack(model.labels_), plain.labels_)
+    np.testing.assert_array_equal(np.from_dlpack(model.transform(x)), plain.transform(X))
+    assert model.score(x, sample_weight=weights) == plain.score(X, sample_weight=np.arange(80.0))
+    assert len(model.get_feature_names_out()) == 4
+    np.testing.assert_array_equal(model.predict(X), np.from_dlpack(model.predict(x)))
+    called = KMeans(4, init=lambda rows, k, random_state: rows[:k, :], n_init=1).fit(x)
+    assert type(called.fit_transform(x)) is type(called.fit_predict(x)) is type(x)
+
+
 # ---- refusals
 
 
@@ -260,6 +276,8 @@ def test_sparse_rows_are_a_clear_error(x: Any) -> None:
         (-np.ones(80), "Negative values in data passed to `sample_weight`"),
         (np.zeros(80), "sample_weight is zero for every row"),
         (["a"] * 80, "could not convert"),
+        (np.ones(80) * 1j, "Complex data not supported"),
+        (torch.ones(80) * 1j, "Complex data not supported"),
     ],
 )
 def test_weights_out_of_range_are_refused(weights: Any, says: str) -> None:
@@ -273,7 +291,8 @@ def test_weights_of_any_kind_are_read() -> None:
     source = TensorSource(torch.from_numpy(X))
     assert read_weights(None, source) is None
     assert read_weights(np.ones(80), source) is None
-    for given in ([2] * 80, 2, np.float32(2), torch.full((80,), 2), np.full(80, 2, np.uint8)):
+    foreign = Foreign(torch.full((80,), 2.0))
+    for given in ([2] * 80, 2, np.float32(2), torch.full((80,), 2), np.full(80, 2, np.uint8), foreign):
         found = read_weights(given, source)
         assert found is not None
         assert found.dtype == torch.float64

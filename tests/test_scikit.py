@@ -13,9 +13,10 @@ import torch
 from cases_cluster import blobs, rows
 from sklearn.base import clone
 from sklearn.cluster import KMeans as Peer
-from sklearn.model_selection import GridSearchCV
+from sklearn.compose import ColumnTransformer
+from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from gpuclust.cluster import KMeans
@@ -51,6 +52,42 @@ def test_pipeline_and_grid_search_take_it() -> None:
     assert search.predict(x).shape == (150,)
 
 
+def test_cross_validation_and_functions_around_it() -> None:
+    x = blobs(np.random.RandomState(0), 150, 3, apart=8)
+    scores = cross_val_score(KMeans(5, random_state=0), x, cv=3)
+    assert scores.shape == (3,)
+    assert (scores < 0).all()
+    tensor = torch.from_numpy(x)
+    pipeline = make_pipeline(FunctionTransformer(lambda rows: rows * 2), KMeans(5, random_state=0)).fit(tensor)
+    assert isinstance(pipeline.transform(tensor), torch.Tensor)
+    assert torch.equal(pipeline.predict(tensor), pipeline[-1].labels_)
+    union = ColumnTransformer([("near", KMeans(3, random_state=0), [0, 1])], remainder="passthrough").fit(x)
+    assert union.transform(x).shape == (150, 4)
+    assert list(union.get_feature_names_out()) == ["near__kmeans0", "near__kmeans1", "near__kmeans2", "remainder__x2"]
+    search = GridSearchCV(make_pipeline(StandardScaler(), KMeans(n_init=1)), {"kmeans__metric": ["euclidean", "cosine"],
+                          "kmeans__n_clusters": [2, 3]}, cv=2, n_jobs=2).fit(x)  # fmt: skip
+    assert search.best_params_["kmeans__metric"] == "cosine", "1 - cos is less than a squared distance"
+
+
+def test_output_comes_as_polars() -> None:
+    polars = pytest.importorskip("polars")
+    x = blobs(np.random.RandomState(0), 60, 3)
+    table = polars.DataFrame(x, schema=["a", "b", "c"])
+    found = (
+        make_pipeline(StandardScaler(), KMeans(3, random_state=0)).set_output(transform="polars").fit_transform(table)
+    )
+    assert isinstance(found, polars.DataFrame)
+    assert found.columns == ["kmeans0", "kmeans1", "kmeans2"]
+    model = KMeans(3, random_state=0).fit(table)
+    assert list(model.feature_names_in_) == ["a", "b", "c"]
+    np.testing.assert_array_equal(model.labels_, KMeans(3, random_state=0).fit(x).labels_)
+
+
+def test_elkan_for_one_cluster_warns_as_scikit_learn_does() -> None:
+    with pytest.warns(RuntimeWarning, match="algorithm='elkan' doesn't make sense for a single cluster"):
+        KMeans(1, algorithm="elkan").fit(np.eye(3))
+
+
 def test_names_of_columns_are_kept_and_compared() -> None:
     table = pandas.DataFrame(blobs(np.random.RandomState(0), 50, 2), columns=["a", "b"])
     model = KMeans(3, random_state=0).fit(table)
@@ -74,6 +111,11 @@ def test_scikit_learns_own_checks_pass_but_for_what_its_own_kmeans_fails() -> No
     expected = {"check_sample_weight_equivalence_on_dense_data"}
     assert failed(KMeans()) == expected
     assert expected <= failed(Peer())
+    # It raises for every failure that is not expected.
+    why = {name: "weights are not repeated rows: they draw other seeds" for name in expected}
+    for model in (KMeans(n_init=2, n_clusters=2), KMeans(2, init="k-means||"), KMeans(2, solver="primal")):
+        results = check_estimator(model, expected_failed_checks=why)
+        assert {result["check_name"] for result in results if result["status"] == "xfail"} <= expected
 
 
 # ---- scikit-learn's settings

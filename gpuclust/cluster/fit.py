@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
 from gpuclust.arithmetic import full_precision
 from gpuclust.cluster.backends import choose
-from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.backends.base import Problem, WholeFit
+from gpuclust.cluster.cosine import HALF, unit_means
 from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, require_same
 from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
 from gpuclust.cluster.moments import Moments, centroid_dtype
+from gpuclust.cluster.relief import relief
 from gpuclust.cluster.scalable import choose_scalable
 from gpuclust.cluster.seeding import choose_plus_plus, choose_random
 from gpuclust.cluster.source import ChunkSource, take_rows
@@ -39,13 +43,13 @@ class Fit:
     dist2 : float64 (n,)
         Reference distance of each row to its centroid.
     inertia : float
-        Weighted sum of ``dist2``.
+        Weighted sum of ``dist2``; half of it for the metric "cosine".
     n_iter : int
         Iterations of the best restart.
     trace : tuple of float
         Sum of the squared movements of its centroids in each iteration.
     backend, solver, precision : str
-        What ran.
+        What ran; all three name a backend that runs a whole fit in its own way, as cuml does.
     rejected : dict
         Backends passed over, with the reason of each.
     recheck_share : float
@@ -54,6 +58,9 @@ class Fit:
         Seconds: ``moments_s``, ``seed_s``, ``iterate_s``, ``select_s``.
     rows : str
         Where the rows were: in memory, copied to the device, or streamed, and why.
+    notes : tuple of str
+        What else a reader should know: that memory ran out and chunks became smaller, or what a backend that runs a
+        whole fit does in its own way.
     """
 
     centroids: torch.Tensor
@@ -69,6 +76,7 @@ class Fit:
     recheck_share: float
     times: dict[str, float] = field(default_factory=dict)
     rows: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def fit_kmeans(
@@ -86,6 +94,7 @@ def fit_kmeans(
     memory_limit: int | None = None,
     tell: Callable[[str], None] | None = None,
     group: Group | None = None,
+    metric: str = "euclidean",
 ) -> Fit:
     """k-means of the rows of ``source`` (n, d), k <= n.
 
@@ -98,12 +107,15 @@ def fit_kmeans(
     weights : float64 (n,) or None
         None negative, not all zero.
     memory_limit : int or None
-        Bytes that may be used beside the rows. It groups the restarts and never changes the result.
+        Bytes that may be used beside the rows. It groups the restarts and never changes the result. Where memory runs
+        out nevertheless, smaller chunks are tried, and ``notes`` says so.
     tell : Callable or None
         Takes a line about each restart.
     group : Group or None
         The processes that share the fit: each has a contiguous block of the rows, in the order of their ranks, as its
         ``source``, and its part of ``weights``; ``labels``, ``dist2`` and the re-checked share are of these rows.
+    metric : {"euclidean", "cosine"}
+        "cosine": ``source`` has rows of unit length (`gpuclust.cluster.cosine.UnitRows`), and so have given centroids.
 
     Raises
     ------
@@ -114,7 +126,9 @@ def fit_kmeans(
     """
     d, device, group = source.shape[1], source.device, group or OneProcess()
     watch = _Watch(device)
-    with full_precision(device):
+    with full_precision(device), relief(device) as room:
+        # Others wait for what a process repeats, where repeating is more than a pass: then it is not repeated.
+        alone = room.run if group.size == 1 else lambda attempt: attempt()
         require_same(
             group,
             features=d,
@@ -128,15 +142,33 @@ def fit_kmeans(
             weights="given" if weights is not None else None,
             precision=precision,
             memory_limit=memory_limit,
+            metric=metric,
         )
         block = Block.of(source.shape[0], group)
         n = block.n
         with in_all(group):
             problem = Problem(n, d, k, source.dtype, device, weights is not None, n_init, group.size)
             runner, rejected = choose(backend, problem)
+        if isinstance(runner, WholeFit):
+            return _whole(
+                runner,
+                source,
+                k,
+                rejected,
+                watch,
+                init=init,
+                n_init=n_init,
+                max_iter=max_iter,
+                tol=tol,
+                seed=seed,
+                weights=weights,
+            )
         shares = None if weights is None else Weights(weights, block)
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
-        moments = Moments.of(source, None if shares is None else shares.lightest, block)
+        spherical: dict[str, Any] = {"finish": unit_means} if metric == "cosine" else {}
+        unit *= HALF if spherical else 1.0
+        lightest = None if shares is None else shares.lightest
+        moments = alone(lambda: Moments.of(source, lightest, block))
         watch.lap("moments_s")
         budget = memory_limit if memory_limit is not None else _BUDGET_BYTES.get(device.type, 512 << 20)
         together = max(1, budget // (32 * ((k + 1) * d + block.most)))
@@ -151,13 +183,15 @@ def fit_kmeans(
             max_iter=max_iter,
             tol=tol * moments.spread / (n * d),
             precision=precision,
+            relief=room,
+            **spherical,
         )
         solutions: list[Solution] = []
         for first in range(0, n_init, together):
             restarts = range(first, min(n_init, first + together))
             centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
             if isinstance(init, str):
-                rows = _seed(init, source, moments, k, seed, restarts, shares, budget)
+                rows = alone(partial(_seed, init, source, moments, k, seed, restarts, shares, budget))
                 for place, chosen in zip(centroids, rows, strict=True):
                     place.copy_(take_rows(source, block, torch.tensor(chosen, device=device)))
             else:
@@ -170,7 +204,7 @@ def fit_kmeans(
                 for restart, one in zip(restarts, found, strict=True):
                     tell(f"restart {restart}: {one.n_iter} iterations, inertia {one.inertia * unit:.10g}")
             solutions = _close(solutions + found, moments)
-        best, dist2, inertia = _best(source, moments, solutions, weights)
+        best, dist2, inertia = alone(lambda: _best(source, moments, solutions, weights))
         watch.lap("select_s")
     return Fit(
         best.centroids,
@@ -185,6 +219,30 @@ def fit_kmeans(
         rejected,
         lloyd.work.recheck_share,
         watch.times,
+        notes=() if room.note is None else (room.note,),
+    )
+
+
+def _whole(
+    runner: WholeFit,
+    source: ChunkSource,
+    k: int,
+    rejected: dict[str, str],
+    watch: _Watch,
+    **parameters: Any,
+) -> Fit:
+    """The fit of a backend that runs all of it in its own way, which its notes tell."""
+    centroids, labels, dist2, inertia, n_iter, notes = runner.fit(source, k, **parameters)
+    watch.lap("iterate_s")
+    return Fit(
+        *(centroids, labels, dist2, inertia, n_iter, ()),
+        backend=runner.name,
+        solver=runner.name,
+        precision=runner.name,
+        rejected=rejected,
+        recheck_share=0.0,
+        times=watch.times,
+        notes=notes,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -13,12 +15,15 @@ from gpuclust.arithmetic import full_precision
 from gpuclust.cluster.arrays import read_array
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Backend, Problem
+from gpuclust.cluster.cosine import HALF, UnitRows, require_directions, unit_rows
 from gpuclust.cluster.distributed import Block, Group, in_all, unshared
 from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.inputs import Rows, is_real, is_whole, read_rows, read_weights
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.moments import centroid_dtype
+from gpuclust.cluster.portable import from_host, has_moved, is_here, to_host
 from gpuclust.cluster.predict import dist2_to_all, nearest
+from gpuclust.cluster.relief import relief
 from gpuclust.cluster.scikit import ScikitLearn
 from gpuclust.cluster.source import ChunkSource, TensorSource
 from gpuclust.cluster.sums import total
@@ -28,13 +33,15 @@ from gpuclust.errors import InputError, UnavailableError
 # Beginnings that have a name.
 INITS = ("k-means++", "k-means||", "random")
 # Part of the estimator's interface, and not of this version.
-_NOT_YET = {"solver": "dual", "algorithm": "hartigan-wong", "metric": "cosine"}
+_NOT_YET = {"solver": "dual", "algorithm": "hartigan-wong"}
 
 
 class KMeans(ScikitLearn):
     """k-means with exact labels and the same bits for any chunk size and number of threads or processes.
 
-    Parameters and attributes that scikit-learn's KMeans has mean what they mean there.
+    Parameters and attributes that scikit-learn's KMeans has mean what they mean there. Of scikit-learn's own checks one
+    fails, as it does for its KMeans: ``check_sample_weight_equivalence_on_dense_data``, since weights draw other seeds
+    than repeated rows.
 
     Parameters
     ----------
@@ -55,18 +62,23 @@ class KMeans(ScikitLearn):
         Without effect: X is never written.
     algorithm : {"lloyd", "elkan"}
         Both run Lloyd's, which gives the same labels.
-    metric : {"euclidean"}
+    metric : {"euclidean", "cosine"}
+        "cosine": spherical k-means (`gpuclust.cluster.cosine`): rows count by their direction alone, centroids have
+        unit length, and 1 - cos takes the place of squared distances, in `transform` that of distances. A row of zeros
+        is an error.
     precision : {"exact", "fast"}
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
         the lowest index. "fast": the nearest by the backend's arithmetic (float32; triton's is float16), unchecked.
     solver : {"auto", "primal"}
-    backend : {"auto", "triton", "torch"}
+    backend : {"auto", "cupy", "triton", "torch", "cuml"}
+        "cuml": the fit is that of RAPIDS' cuML, with its own convergence and rounding; labels are then not exact, and
+        ``fit_report_.notes`` says what differs. "auto" never takes it.
     device : str, torch.device or None
         Where to compute; where X is by default.
     memory_limit : int or None
         Bytes for a copy of X on the device and for what grows with clusters, features and restarts; beside it a fit
         holds some 60 bytes per row. X of which a copy would take more than three quarters of it (or of what is free)
-        is streamed. It never changes the result.
+        is streamed. It never changes the result. Where memory runs out in mid-fit, smaller chunks are tried.
 
     Attributes
     ----------
@@ -74,13 +86,14 @@ class KMeans(ScikitLearn):
         float64 for float64 X and whole numbers, float32 for float32, float16 and bfloat16.
     labels_ : int32 (n,)
     inertia_ : float
-        Sum of squared distances to the nearest centroid, times the weights.
+        Sum of squared distances to the nearest centroid, times the weights; of 1 - cos for ``metric="cosine"``.
     n_iter_ : int
     n_features_in_ : int
     feature_names_in_ : array of str (d,)
         Only if X has names of columns that are all strings.
     fit_report_ : gpuclust.cluster.fit.Fit
-        Backend, solver, rejected backends with reasons, share of re-checked assignments, times, where the rows were.
+        Backend, solver, rejected backends with reasons, share of re-checked assignments, times, where the rows were,
+        and notes: that memory ran out and chunks became smaller, what cuML does in its own way.
 
     Notes
     -----
@@ -89,6 +102,8 @@ class KMeans(ScikitLearn):
     order), or a chunk source (`gpuclust.cluster.source.ChunkSource`); results are of the same kind on the same device.
     What is streamed, from memory, a file or chunks, is read several times, and gives the same bits; if it changes
     meanwhile that is an error (`HostSource` says what is noticed in a file). A callable ``init`` gets it as it is.
+    A pickled model has in host memory what lies on a device; where it is read the results go back to that device when
+    they are first asked for, or stay on the CPU where it is missing. A fit that fails leaves the model as it was.
     Processes that each hold a part of the rows fit them as one with ``fit(shared(X))``, and with nothing else; see
     `gpuclust.cluster.distributed.shared`.
     Sums are of values rounded to a grid per feature (`gpuclust.cluster.sums`), so that no order of adding changes them:
@@ -154,17 +169,28 @@ class KMeans(ScikitLearn):
         UnavailableError (a ValueError)
             For a backend, solver or device that cannot run here.
         """
+        with self._as_it_was():
+            return self._fit(X, sample_weight)
+
+    def _fit(self, X: Any, sample_weight: Any) -> Self:
         X, group = unshared(X)
         with in_all(group):
             self._check_parameters()
             rows = self._read(X, reset=True)
             own_seed = _seed(self.random_state)
-        source, k = rows.source, int(self.n_clusters)
-        told = group.gather((source.shape[0], own_seed))
+        k = int(self.n_clusters)
+        told = group.gather((rows.source.shape[0], own_seed))
         n, seed = sum(count for count, _ in told), told[0][1]
+        source = self._measured(rows, first=sum(count for count, _ in told[: group.rank]))
         with in_all(group):
             if k > n:
                 raise InputError(f"n_samples={n} should be >= n_clusters={k}.")
+            if k == 1 and self.algorithm == "elkan":
+                warnings.warn(
+                    "algorithm='elkan' doesn't make sense for a single cluster. Using 'lloyd' instead.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
             init, n_init = self._starts(X, rows, seed, group)
         fit = fit_kmeans(
             source,
@@ -180,6 +206,7 @@ class KMeans(ScikitLearn):
             memory_limit=rows.left_of(self.memory_limit),
             tell=print if self.verbose and group.rank == 0 else None,
             group=group,
+            metric=self.metric,
         )
         taken = torch.bincount(fit.labels, minlength=k)
         found = int((group.all_reduce(taken) > 0).sum())
@@ -190,35 +217,46 @@ class KMeans(ScikitLearn):
                 f"Number of distinct clusters ({found}) found smaller than n_clusters ({k}). "
                 "Possibly due to duplicate points in X.",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
+        vars(self).pop("_away", None)  # of another fit
         self.cluster_centers_ = rows.back(fit.centroids)
         self.labels_ = rows.back(fit.labels)
         self.inertia_, self.n_iter_ = fit.inertia, fit.n_iter
+        self._n_init = n_init  # how many restarts there were, by the name that scikit-learn has for it
         self.fit_report_ = replace(fit, rows=rows.how)
         return self
 
     def predict(self, X: Any) -> Any:
         """The nearest centroid of each row of ``X`` (n, d): int32 (n,)."""
         rows, centroids = self._known(unshared(X)[0])
-        backend = self._backend(rows.source)
-        with full_precision(rows.source.device):
-            limit = rows.left_of(self.memory_limit)
-            return rows.back(nearest(rows.source, centroids, backend, self.precision, limit))
+        source = self._measured(rows)
+        backend, limit = self._backend(source), rows.left_of(self.memory_limit)
+        with full_precision(source.device), relief(source.device) as room:
+            return rows.back(room.run(lambda: nearest(source, centroids, backend, self.precision, limit)))
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """``fit(X)``, then its labels: int32 (n,)."""
         return self.fit(X, sample_weight=sample_weight).labels_
 
     def transform(self, X: Any) -> Any:
-        """Distances of the rows of ``X`` (n, d) to the centroids, in their type: (n, n_clusters)."""
+        """Distances of the rows of ``X`` (n, d) to the centroids, in their type: (n, n_clusters).
+
+        For ``metric="cosine"`` it is 1 - cos.
+        """
         X = unshared(X)[0]
         rows, centroids = self._known(X)
         # Where it is wanted: the device that rows are streamed to may have no room for it.
         out = torch.empty(rows.source.shape[0], len(centroids), dtype=centroids.dtype, device=rows.home)
-        with full_precision(rows.source.device):
-            for part, dist2 in dist2_to_all(rows.source, centroids):
-                out[part] = dist2.sqrt_()
+
+        source = self._measured(rows)
+
+        def fill() -> None:
+            for part, dist2 in dist2_to_all(source, centroids):
+                out[part] = dist2.sqrt_() if self.metric == "euclidean" else dist2.mul_(HALF)
+
+        with full_precision(source.device), relief(source.device) as room:
+            room.run(fill)
         return self._in_container(rows.back(out), X)
 
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
@@ -230,22 +268,54 @@ class KMeans(ScikitLearn):
         X, group = unshared(X)
         with in_all(group):
             rows, centroids = self._known(X)
-        source = rows.source
+        source = self._measured(rows)
         weights = read_weights(sample_weight, source, group)
-        with full_precision(source.device):
+        with full_precision(source.device), relief(source.device) as room:
             with in_all(group):
                 limit = rows.left_of(self.memory_limit)
-                labels = nearest(source, centroids, self._backend(source), self.precision, limit)
-                dist2 = distances(source, centroids, labels)
-            return -total(dist2, weights, Block.of(source.shape[0], group))
+                backend = self._backend(source)
+                labels = room.run(lambda: nearest(source, centroids, backend, self.precision, limit))
+                dist2 = room.run(lambda: distances(source, centroids, labels))
+            found = total(dist2, weights, Block.of(source.shape[0], group))
+            return -found if self.metric == "euclidean" else -found * HALF
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Names of the columns of `transform`: ``kmeans0``, ``kmeans1`` and so on."""
         self._check_fitted()
         name = type(self).__name__.lower()
-        return np.asarray([f"{name}{i}" for i in range(len(self.cluster_centers_))], dtype=object)
+        return np.asarray([f"{name}{i}" for i in range(self.cluster_centers_.shape[0])], dtype=object)
+
+    # ---- pickled and copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: to_host(value) for name, value in vars(self).items() if name != "_away"}
+        return state | vars(self).get("_away", {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Results that lay on a device go back there when they are first asked for: only then is the device touched."""
+        away = {name: value for name, value in state.items() if has_moved(value)}
+        vars(self).update({name: value for name, value in state.items() if name not in away})
+        vars(self)["_away"] = away
+
+    def __getattr__(self, name: str) -> Any:
+        away = vars(self).get("_away", {})
+        if name not in away:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        setattr(self, name, from_host(away.pop(name)))
+        return vars(self)[name]
 
     # ---- inside
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Whatever ends the block early, Ctrl-C included, the estimator is then as it was before."""
+        before = {name: dict(value) if name == "_away" else value for name, value in vars(self).items()}
+        try:
+            yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
 
     def _check_parameters(self) -> None:
         name = type(self).__name__
@@ -255,7 +325,7 @@ class KMeans(ScikitLearn):
             ("max_iter", is_whole(self.max_iter, 1), "an int in the range [1, inf)"),
             ("tol", is_real(self.tol, 0), "a float in the range [0.0, inf)"),
             ("algorithm", self.algorithm in ("lloyd", "elkan", "hartigan-wong"), "'lloyd' or 'elkan'"),
-            ("metric", self.metric in ("euclidean", "cosine"), "'euclidean'"),
+            ("metric", self.metric in ("euclidean", "cosine"), "'euclidean' or 'cosine'"),
             ("precision", self.precision in PRECISIONS, " or ".join(map(repr, PRECISIONS))),
             ("solver", self.solver in SOLVERS, " or ".join(map(repr, SOLVERS))),
             ("backend", self.backend in BACKENDS, "one of " + ", ".join(map(repr, BACKENDS))),
@@ -268,6 +338,12 @@ class KMeans(ScikitLearn):
             if not right:
                 value = getattr(self, parameter)
                 raise InputError(f"The {parameter!r} parameter of {name} must be {allowed}. Got {value!r} instead.")
+        for parameter, other in (("solver", "dual"), ("algorithm", "hartigan-wong"), ("backend", "cuml")):
+            if self.metric == "cosine" and getattr(self, parameter) == other:
+                raise UnavailableError(
+                    f"metric='cosine' and {parameter}={other!r} do not go together: {other} knows Euclidean distances "
+                    f"alone; leave {parameter!r} at its default"
+                )
         for parameter, missing in _NOT_YET.items():
             if getattr(self, parameter) == missing:
                 raise UnavailableError(f"{parameter}={missing!r} is not part of this version of gpuclust")
@@ -277,7 +353,7 @@ class KMeans(ScikitLearn):
             from sklearn.utils.validation import _check_feature_names
 
             _check_feature_names(self, X, reset=reset)
-        rows = read_rows(X, self.device, type(self).__name__, self.memory_limit)
+        rows = read_rows(X, self.device if reset else self._device(), type(self).__name__, self.memory_limit)
         d = rows.source.shape[1]
         if reset:
             self.n_features_in_ = d
@@ -286,6 +362,12 @@ class KMeans(ScikitLearn):
                 f"X has {d} features, but {type(self).__name__} is expecting {self.n_features_in_} features as input."
             )
         return rows
+
+    def _measured(self, rows: Rows, first: int = 0) -> ChunkSource:
+        """The rows as the metric sees them; ``first`` is the number of the first of them."""
+        if self.metric == "euclidean":
+            return rows.source
+        return UnitRows(rows.source, rows.left_of(self.memory_limit), first)
 
     def _known(self, X: Any) -> tuple[Rows, torch.Tensor]:
         self._check_fitted()
@@ -301,9 +383,25 @@ class KMeans(ScikitLearn):
                 "using this estimator."
             )
 
+    def _device(self) -> Any:
+        """Where to predict: a model that came from another machine, whose device this one lacks, does it where X is."""
+        if self.device is None or "_away" not in vars(self) or str(self.device) == "auto":
+            return self.device
+        if is_here(torch.device(self.device)):
+            return self.device
+        warnings.warn(
+            f"this model was fitted on another machine with device={self.device!r}, which is not here: it computes "
+            "where X is; set_params(device=None) says so for good",
+            UserWarning,
+            stacklevel=5,
+        )
+        return None
+
     def _backend(self, source: ChunkSource) -> Backend:
         n, d = source.shape
-        return choose(self.backend, Problem(n, d, len(self.cluster_centers_), source.dtype, source.device))[0]
+        # What cuML fitted is asked with the exact code.
+        name = "auto" if self.backend == "cuml" else self.backend
+        return choose(name, Problem(n, d, self.cluster_centers_.shape[0], source.dtype, source.device))[0]
 
     def _starts(self, X: Any, rows: Rows, seed: int, group: Group) -> tuple[str | list[torch.Tensor], int]:
         """What the restarts begin with, and how many there are."""
@@ -333,7 +431,7 @@ class KMeans(ScikitLearn):
                 f"Explicit initial center position passed: performing only one init in {type(self).__name__} "
                 f"instead of n_init={n_init}.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return [self._given(self.init, source)], 1
 
@@ -346,7 +444,10 @@ class KMeans(ScikitLearn):
         values = given.to(source.device, centroid_dtype(source.dtype))
         if not bool(values.isfinite().all()):
             raise InputError("The initial centers contain NaN or infinity.")
-        return values
+        if self.metric == "euclidean":
+            return values
+        require_directions(given, what="The initial centers contain one of zeros: number")
+        return unit_rows(given.to(source.device), values.dtype)
 
 
 def _seed(random_state: Any) -> int:

@@ -16,6 +16,7 @@ from gpuclust.cluster.backends.base import Backend
 from gpuclust.cluster.distributed import Block, Group
 from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
+from gpuclust.cluster.relief import Relief
 from gpuclust.cluster.sketch import Sketches
 from gpuclust.cluster.source import ChunkSource, block_rows
 from gpuclust.cluster.sums import Grid, power_of_two, total, tree_sum
@@ -104,6 +105,10 @@ class Lloyd:
     tol : float
         Movement of the centroids (as in ``Solution.shifts``) at which a restart ends.
     precision : {"exact", "fast"}
+    relief : Relief, optional
+        Where memory runs out in a pass, it makes the pass again.
+    finish : Callable
+        Makes centroids of the means (k, d) of the clusters, float64, and of the centroids before.
     """
 
     def __init__(
@@ -119,7 +124,11 @@ class Lloyd:
         max_iter: int,
         tol: float,
         precision: str,
+        relief: Relief | None = None,
+        finish: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda means, before: means.to(before.dtype),
     ) -> None:
+        self.finish = finish
+        self.relief = relief or Relief(source.device)
         self.backend, self.source, self.moments, self.group = backend, source, moments, group
         self.weights, self.chunk_rows = weights, chunk_rows
         self.max_iter, self.tol, self.precision = max_iter, tol, precision
@@ -140,7 +149,7 @@ class Lloyd:
         self.sketches.restart()
         passes = 0
         while active:
-            changed = self.group.all_reduce(self._pass(centroids, labels, sums, counts, first=passes == 0)).tolist()
+            changed = self.group.all_reduce(self._relieved(centroids, labels, sums, counts, passes == 0)).tolist()
             passes += 1
             masses = self._masses(labels, counts, k)
             totals = self.group.all_reduce(sums)
@@ -166,6 +175,23 @@ class Lloyd:
                 active, closing = [active[i] for i in staying], [closing[i] for i in staying]
         return [solutions[restart] for restart in range(r)]
 
+    def _relieved(
+        self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor, first: bool
+    ) -> torch.Tensor:
+        """A pass that is made again where memory runs out. The labels are then still those from before; the sums are
+        made anew from all rows, which gives the same bits as following the rows that moved."""
+        assigned, rechecked = self.work.assigned, self.work.rechecked + 0
+
+        def undo() -> None:
+            nonlocal first
+            self.work = Work(assigned, rechecked + 0)
+            self.sketches.restart()  # its first passes read all rows
+            first = True
+            sums.zero_()
+            counts.zero_()
+
+        return self.relief.run(lambda: self._pass(centroids, labels, sums, counts, first=first), undo)
+
     def _pass(
         self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor, *, first: bool
     ) -> torch.Tensor:
@@ -189,7 +215,7 @@ class Lloyd:
             self.work.rechecked += self.backend.assign(x, self.norms[part], operand, found, self.precision)
             count += (found != old).sum(1)
             self._account(x, part, found, None if first else old, sums, counts)
-            old.copy_(found)
+        labels.copy_(new)
         return count
 
     def _account(
@@ -214,7 +240,7 @@ class Lloyd:
         """Move the centroids (k, d) of one restart to the means of their rows: the sum of the squared movements."""
         if bool((mass == 0).any()):
             sums, mass = self._fill_empty(centroids, labels, sums.clone(), mass.clone())
-        means = (sums.sum(0) / mass[:, None]).to(centroids.dtype)
+        means = self.finish(sums.sum(0) / mass[:, None], centroids)
         # A cluster that gave its last row away stays where it is.
         means = torch.where(mass[:, None] > 0, means, centroids)
         shift = tree_sum((means.double() - centroids.double()).square_().view(1, -1)).item()
@@ -226,7 +252,7 @@ class Lloyd:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give each empty cluster the row farthest from its centroid (ties: lowest index), as in scikit-learn."""
         empty = (mass == 0).nonzero()[:, 0]
-        dist2 = distances(self.source, centroids, labels)
+        dist2 = self.relief.run(lambda: distances(self.source, centroids, labels))
         if self.weights is not None:
             dist2[self.weights.values == 0] = 0
         far = self._farthest(dist2, labels, empty.numel())

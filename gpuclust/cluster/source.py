@@ -9,6 +9,7 @@ import torch
 
 from gpuclust.cluster.backends.base import SLICE
 from gpuclust.cluster.distributed import Block
+from gpuclust.cluster.relief import relieved
 from gpuclust.config import environment
 
 # Bytes of scores that are held at a time: what a processor's cache takes, or what keeps a GPU busy.
@@ -92,12 +93,12 @@ def take_rows(source: ChunkSource, block: Block, index: torch.Tensor) -> torch.T
 
 def block_rows(d: int, device: torch.device) -> int:
     """Rows of width ``d`` whose float64 copy is cheap to hold; one at least."""
-    return max(1, _BLOCK_VALUES.get(device.type, 1 << 18) // d)
+    return relieved(_BLOCK_VALUES.get(device.type, 1 << 18) // d)
 
 
 def tile_rows(d: int, device: torch.device) -> int:
     """Rows that are multiplied at a time, a tile of features after another where all of them would be too many."""
-    return max(_TILE_ROWS, block_rows(d, device))
+    return max(relieved(_TILE_ROWS), block_rows(d, device))
 
 
 def tiles(rows: int, d: int, device: torch.device) -> Iterator[slice]:
@@ -109,14 +110,20 @@ def tiles(rows: int, d: int, device: torch.device) -> Iterator[slice]:
 def piece_rows(clusters: int, d: int, device: torch.device) -> int:
     """Rows of width ``d`` whose scores, with ``clusters`` in all, are cheap to hold, and a slice of which is no more
     than eight times that as float64. GPUCLUST_CHUNK_BYTES sets the bytes of the scores; no result depends on them."""
+    return relieved(_piece_rows(clusters, d, device))
+
+
+def _piece_rows(clusters: int, d: int, device: torch.device) -> int:
     size = environment().chunk_bytes or _PIECE_BYTES.get(device.type, 64 << 20)
     return max(16, min(size // (4 * clusters), size // min(d, SLICE)))
 
 
 def chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
     """Rows of a chunk: so many pieces that what is done once for a chunk costs little."""
-    rows = _PIECES * piece_rows(clusters, d, device)
-    return rows if memory_limit is None else max(16, min(rows, memory_limit // (16 * max(clusters, min(d, SLICE)))))
+    rows = _PIECES * _piece_rows(clusters, d, device)
+    if memory_limit is not None:
+        rows = max(16, min(rows, memory_limit // (16 * max(clusters, min(d, SLICE)))))
+    return relieved(rows)
 
 
 def stage_bytes(memory_limit: int | None = None) -> int:

@@ -7,7 +7,7 @@ Problem -> choice -> launch are three separate things: a `Problem` is plain data
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -148,4 +148,17 @@ class Backend(Protocol):
         counts : float64 (r, k), in and out
             Numbers of rows, without weights.
         """
+        ...
+
+
+@runtime_checkable
+class WholeFit(Protocol):
+    """A backend that runs a fit as a whole, outside of the one Lloyd loop and of what it promises."""
+
+    name: str
+
+    def fit(
+        self, source: Any, k: int, **parameters: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, int, tuple[str, ...]]:
+        """Centroids, labels, dist2, inertia, iterations, and notes: what a reader of the report must know."""
         ...
