@@ -13,15 +13,15 @@ from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, require_same
 from gpuclust.cluster.draws import RandomBits
+from gpuclust.cluster.dual import Dual
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.scalable import choose_scalable
 from gpuclust.cluster.seeding import choose_plus_plus, choose_random
+from gpuclust.cluster.solver import BUDGET_BYTES, dual_together, plan, primal_together
 from gpuclust.cluster.source import ChunkSource, chunk_rows, take_rows
 from gpuclust.cluster.sums import total
 
-# Bytes for the centroids and sums of the restarts that run together, where no limit is given.
-_BUDGET_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 # Algebraic inertias that differ by less than this share of the spread are told apart by the rows themselves.
 _ALIKE = 2.0**-36
 
@@ -43,7 +43,8 @@ class Fit:
     n_iter : int
         Iterations of the best restart.
     trace : tuple of float
-        Sum of the squared movements of its centroids in each iteration.
+        Sum of the squared movements of its centroids in each iteration; the dual solver's are of the means before they
+        are rounded, where that is enough to tell whether the restart ends.
     backend, solver, precision : str
         What ran.
     rejected : dict
@@ -51,9 +52,11 @@ class Fit:
     recheck_share : float
         Share of all assignments, over all restarts and iterations, that the reference distance decided.
     times : dict
-        Seconds: ``moments_s``, ``seed_s``, ``iterate_s``, ``select_s``.
+        Seconds: ``moments_s``, ``seed_s``, ``iterate_s``, ``select_s``; of the dual solver ``gram_s``, too.
     rows : str
         Where the rows were: in memory, copied to the device, or streamed, and why.
+    plan : str
+        What both solvers would take, as far as they differ: seconds and bytes (`gpuclust.cluster.solver`).
     """
 
     centroids: torch.Tensor
@@ -69,6 +72,7 @@ class Fit:
     recheck_share: float
     times: dict[str, float] = field(default_factory=dict)
     rows: str = ""
+    plan: str = ""
 
 
 def fit_kmeans(
@@ -83,6 +87,7 @@ def fit_kmeans(
     weights: torch.Tensor | None = None,
     precision: str = "exact",
     backend: str = "auto",
+    solver: str = "auto",
     memory_limit: int | None = None,
     tell: Callable[[str], None] | None = None,
     group: Group | None = None,
@@ -97,10 +102,12 @@ def fit_kmeans(
         Movement of the centroids, relative to the mean variance of a feature, at which a restart ends.
     weights : float64 (n,) or None
         None negative, not all zero.
+    solver : {"auto", "primal", "dual"}
+        Never changes the result; "auto" takes the one that should be faster.
     memory_limit : int or None
         Bytes that may be used beside the rows. It groups the restarts and never changes the result.
     tell : Callable or None
-        Takes a line about each restart.
+        Takes a line about the solvers, and one about each restart.
     group : Group or None
         The processes that share the fit: each has a contiguous block of the rows, in the order of their ranks, as its
         ``source``, and its part of ``weights``; ``labels``, ``dist2`` and the re-checked share are of these rows.
@@ -110,7 +117,7 @@ def fit_kmeans(
     InputError
         For NaN, infinity and values whose squares overflow, and for processes that disagree or have no rows.
     UnavailableError
-        If the backend asked for cannot run.
+        If the backend or solver asked for cannot run.
     """
     d, device, group = source.shape[1], source.device, group or OneProcess()
     watch = _Watch(device)
@@ -127,6 +134,7 @@ def fit_kmeans(
             seed=seed,
             weights="given" if weights is not None else None,
             precision=precision,
+            solver=solver,
             memory_limit=memory_limit,
         )
         block = Block.of(source.shape[0], group)
@@ -134,12 +142,20 @@ def fit_kmeans(
         with in_all(group):
             problem = Problem(n, d, k, source.dtype, device, weights is not None, n_init, group.size)
             runner, rejected = choose(backend, problem)
+            costs = plan(
+                *(n, d, k, n_init, device.type, memory_limit),
+                resident=source.resident,
+                ranks=group.size,
+                asked=solver == "dual",
+            )
+            solver = costs.choose(solver)
+        if tell:
+            tell(str(costs))
         shares = None if weights is None else Weights(weights, block)
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
         moments = Moments.of(source, None if shares is None else shares.lightest, block)
         watch.lap("moments_s")
-        budget = memory_limit if memory_limit is not None else _BUDGET_BYTES.get(device.type, 512 << 20)
-        together = max(1, budget // (32 * ((k + 1) * d + block.most)))
+        budget = memory_limit or BUDGET_BYTES.get(device.type, BUDGET_BYTES["cpu"])
         lloyd = Lloyd(
             runner,
             source,
@@ -151,22 +167,29 @@ def fit_kmeans(
             tol=tol * moments.spread / (n * d),
             precision=precision,
         )
+        dual = None
+        together = primal_together(block.most, d, k, n_init, budget)
+        if solver == "dual":
+            dual = Dual(lloyd, memory_limit)
+            together = dual_together(n, d, k, n_init, budget)
+            watch.lap("gram_s")
         solutions: list[Solution] = []
         for first in range(0, n_init, together):
             restarts = range(first, min(n_init, first + together))
-            centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
-            if isinstance(init, str):
-                rows = _seed(init, source, moments, k, seed, restarts, shares, budget)
-                for place, chosen in zip(centroids, rows, strict=True):
-                    place.copy_(take_rows(source, block, torch.tensor(chosen, device=device)))
+            rows = _seed(init, source, moments, k, seed, restarts, shares, budget) if isinstance(init, str) else None
+            given = [] if isinstance(init, str) else [init[restart] for restart in restarts]
+            if dual:
+                watch.lap("seed_s")
+                ended, found = dual.run(rows or given)
             else:
-                for place, restart in zip(centroids, restarts, strict=True):
-                    place.copy_(init[restart])
-            watch.lap("seed_s")
-            found = lloyd.run(centroids)
+                centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
+                for i, place in enumerate(centroids):
+                    place.copy_(take_rows(source, block, torch.tensor(rows[i], device=device)) if rows else given[i])
+                watch.lap("seed_s")
+                ended = found = lloyd.run(centroids)
             watch.lap("iterate_s")
             if tell:
-                for restart, one in zip(restarts, found, strict=True):
+                for restart, one in zip(restarts, ended, strict=True):
                     tell(f"restart {restart}: {one.n_iter} iterations, inertia {one.inertia * unit:.10g}")
             solutions = _close(solutions + found, moments)
         best, dist2, inertia = _best(source, moments, solutions, weights)
@@ -179,11 +202,12 @@ def fit_kmeans(
         best.n_iter,
         best.shifts,
         runner.name,
-        "primal",
+        solver,
         precision,
         rejected,
         lloyd.work.recheck_share,
         watch.times,
+        plan=str(costs),
     )
 
 

@@ -28,7 +28,7 @@ from gpuclust.errors import InputError, UnavailableError
 # Beginnings that have a name.
 INITS = ("k-means++", "k-means||", "random")
 # Part of the estimator's interface, and not of this version.
-_NOT_YET = {"solver": "dual", "algorithm": "hartigan-wong", "metric": "cosine"}
+_NOT_YET = {"algorithm": "hartigan-wong", "metric": "cosine"}
 
 
 class KMeans(ScikitLearn):
@@ -49,7 +49,7 @@ class KMeans(ScikitLearn):
     tol : float
         Movement of the centroids (sum of squares, relative to the mean variance of a feature) that ends a restart.
     verbose : int
-        Above 0, a line is printed for each restart.
+        Above 0, a line is printed for the choice of the solver, and one for each restart.
     random_state : int, numpy.random.RandomState or None
     copy_x : bool
         Without effect: X is never written.
@@ -59,7 +59,10 @@ class KMeans(ScikitLearn):
     precision : {"exact", "fast"}
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
         the lowest index. "fast": the nearest by float32 arithmetic, unchecked.
-    solver : {"auto", "primal"}
+    solver : {"auto", "primal", "dual"}
+        "dual": all iterations in the n x n matrix of the rows' products, for rows much wider than they are many; needs
+        X on the device and 8 bytes per pair of rows. "auto" takes what `gpuclust.cluster.solver` predicts to be faster.
+        It never changes the result.
     backend : {"auto", "torch"}
     device : str, torch.device or None
         Where to compute; where X is by default.
@@ -177,6 +180,7 @@ class KMeans(ScikitLearn):
             weights=read_weights(sample_weight, source, group),
             precision=self.precision,
             backend=self.backend,
+            solver=self.solver,
             memory_limit=rows.left_of(self.memory_limit),
             tell=print if self.verbose and group.rank == 0 else None,
             group=group,
