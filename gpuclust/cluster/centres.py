@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from gpuclust.cluster.gram import U, Gram, gamma
+from gpuclust.cluster.gram import Gram, U, gamma
 from gpuclust.cluster.lloyd import Weights
 from gpuclust.cluster.moments import Moments, centroid_dtype
 
@@ -91,22 +91,18 @@ class Centres:
     def empty(cls, r: int, k: int, n: int, device: torch.device) -> Centres:
         table = torch.zeros(r, k, dtype=torch.float64, device=device)
         return cls(
-            torch.empty(r, k, n, dtype=torch.float64, device=device),
-            *(table.clone() for _ in range(7)),
-            torch.full((r, n), -1, dtype=torch.int32, device=device),
-            [{} for _ in range(r)],
-            torch.zeros(r, k, dtype=torch.bool, device=device),
+            inner=torch.empty(r, k, n, dtype=torch.float64, device=device),
+            **{name: table.clone() for name in ("error", "mass", "square", "slope", "margin", "delta", "reach")},
+            home=torch.full((r, n), -1, dtype=torch.int32, device=device),
+            known=[{} for _ in range(r)],
+            repeated=torch.zeros(r, k, dtype=torch.bool, device=device),
         )
 
     def keep(self, restarts: list[int]) -> Centres:
         """Some of the restarts, as a copy."""
         index = torch.tensor(restarts, dtype=torch.int64, device=self.inner.device)
-        return Centres(
-            *(
-                [self.known[i] for i in restarts] if one.name == "known" else getattr(self, one.name)[index]
-                for one in fields(self)
-            )
-        )
+        tables = {one.name: getattr(self, one.name)[index] for one in fields(self) if one.name != "known"}
+        return Centres(known=[self.known[i] for i in restarts], **tables)
 
     def place(self, i: int, inner: torch.Tensor, square: torch.Tensor, error: float) -> None:
         """Restart ``i`` has given centroids, with these products (k, n), squares (k,) and relative error of both."""

@@ -29,7 +29,7 @@ import torch
 from gpuclust.cluster.backends.base import Candidates
 from gpuclust.cluster.centres import Centres, Rounding, per_cluster
 from gpuclust.cluster.exact import decide, repeated_in
-from gpuclust.cluster.gram import U, Gram, gamma
+from gpuclust.cluster.gram import Gram, U, gamma
 from gpuclust.cluster.lloyd import Lloyd, Solution
 from gpuclust.cluster.moments import centroid_dtype
 from gpuclust.cluster.source import take_rows, tile_rows
@@ -73,7 +73,7 @@ class Dual:
         self.certain = lloyd.moments.frame.far2 >= 2.0**-900 or lloyd.source.dtype != torch.float64
 
     def run(self, starts: Sequence[list[int] | torch.Tensor]) -> tuple[list[Ending], list[Solution]]:
-        """Iterate from rows (k numbers) or centroids (k, d) for each restart: where all ended, and what may be the best."""
+        """Iterate from rows (k numbers) or centroids (k, d) of each restart: where all ended, and what may win."""
         r, n, device = len(starts), self.source.shape[0], self.source.device
         centres = Centres.empty(r, len(starts[0]), n, device)
         for i, start in enumerate(starts):

@@ -13,7 +13,8 @@ from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, require_same
 from gpuclust.cluster.draws import RandomBits
-from gpuclust.cluster.dual import Dual
+from gpuclust.cluster.dual import Dual, Ending
+from gpuclust.cluster.hartigan import improve
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.scalable import choose_scalable
@@ -21,6 +22,7 @@ from gpuclust.cluster.seeding import choose_plus_plus, choose_random
 from gpuclust.cluster.solver import BUDGET_BYTES, dual_together, plan, primal_together
 from gpuclust.cluster.source import ChunkSource, chunk_rows, take_rows
 from gpuclust.cluster.sums import total
+from gpuclust.errors import UnavailableError
 
 # Algebraic inertias that differ by less than this share of the spread are told apart by the rows themselves.
 _ALIKE = 2.0**-36
@@ -41,7 +43,7 @@ class Fit:
     inertia : float
         Weighted sum of ``dist2``.
     n_iter : int
-        Iterations of the best restart.
+        Iterations of the best restart, before single rows move.
     trace : tuple of float
         Sum of the squared movements of its centroids in each iteration; the dual solver's are of the means before they
         are rounded, where that is enough to tell whether the restart ends.
@@ -52,11 +54,14 @@ class Fit:
     recheck_share : float
         Share of all assignments, over all restarts and iterations, that the reference distance decided.
     times : dict
-        Seconds: ``moments_s``, ``seed_s``, ``iterate_s``, ``select_s``; of the dual solver ``gram_s``, too.
+        Seconds: ``moments_s``, ``seed_s``, ``iterate_s``, ``select_s``; of the dual solver ``gram_s``, of Hartigan-Wong
+        ``moves_s``.
     rows : str
         Where the rows were: in memory, copied to the device, or streamed, and why.
     plan : str
         What both solvers would take, as far as they differ: seconds and bytes (`gpuclust.cluster.solver`).
+    moves : int
+        Moves of single rows after Lloyd's iterations (`gpuclust.cluster.hartigan`).
     """
 
     centroids: torch.Tensor
@@ -73,6 +78,7 @@ class Fit:
     times: dict[str, float] = field(default_factory=dict)
     rows: str = ""
     plan: str = ""
+    moves: int = 0
 
 
 def fit_kmeans(
@@ -88,6 +94,7 @@ def fit_kmeans(
     precision: str = "exact",
     backend: str = "auto",
     solver: str = "auto",
+    algorithm: str = "lloyd",
     memory_limit: int | None = None,
     tell: Callable[[str], None] | None = None,
     group: Group | None = None,
@@ -104,6 +111,7 @@ def fit_kmeans(
         None negative, not all zero.
     solver : {"auto", "primal", "dual"}
         Never changes the result; "auto" takes the one that should be faster.
+    algorithm : {"lloyd", "hartigan-wong"}
     memory_limit : int or None
         Bytes that may be used beside the rows. It groups the restarts and never changes the result.
     tell : Callable or None
@@ -135,6 +143,7 @@ def fit_kmeans(
             weights="given" if weights is not None else None,
             precision=precision,
             solver=solver,
+            algorithm=algorithm,
             memory_limit=memory_limit,
         )
         block = Block.of(source.shape[0], group)
@@ -149,6 +158,11 @@ def fit_kmeans(
                 asked=solver == "dual",
             )
             solver = costs.choose(solver)
+            if algorithm == "hartigan-wong" and group.size > 1:
+                raise UnavailableError(
+                    "algorithm='hartigan-wong' moves single rows one after another, which processes that share the "
+                    "rows cannot do yet: use algorithm='lloyd'"
+                )
         if tell:
             tell(str(costs))
         shares = None if weights is None else Weights(weights, block)
@@ -178,22 +192,31 @@ def fit_kmeans(
             restarts = range(first, min(n_init, first + together))
             rows = _seed(init, source, moments, k, seed, restarts, shares, budget) if isinstance(init, str) else None
             given = [] if isinstance(init, str) else [init[restart] for restart in restarts]
+            ended: list[Ending | Solution] = []
             if dual:
                 watch.lap("seed_s")
-                ended, found = dual.run(rows or given)
+                endings, found = dual.run(rows or given)
+                ended += endings
             else:
                 centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
                 for i, place in enumerate(centroids):
                     place.copy_(take_rows(source, block, torch.tensor(rows[i], device=device)) if rows else given[i])
                 watch.lap("seed_s")
-                ended = found = lloyd.run(centroids)
+                found = lloyd.run(centroids)
+                ended += found
             watch.lap("iterate_s")
             if tell:
-                for restart, one in zip(restarts, ended, strict=True):
-                    tell(f"restart {restart}: {one.n_iter} iterations, inertia {one.inertia * unit:.10g}")
+                for i, one in enumerate(ended):
+                    tell(f"restart {restarts[i]}: {one.n_iter} iterations, inertia {one.inertia * unit:.10g}")
             solutions = _close(solutions + found, moments)
         best, dist2, inertia = _best(source, moments, solutions, weights)
         watch.lap("select_s")
+        moves = 0
+        if algorithm == "hartigan-wong":
+            best, dist2, inertia, moves = improve(lloyd, best, dist2, inertia)
+            if tell:
+                tell(f"{moves} moves of single rows, inertia {inertia * unit:.10g}")
+            watch.lap("moves_s")
     return Fit(
         best.centroids,
         best.labels,
@@ -208,6 +231,7 @@ def fit_kmeans(
         lloyd.work.recheck_share,
         watch.times,
         plan=str(costs),
+        moves=moves,
     )
 
 

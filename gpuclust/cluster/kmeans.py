@@ -28,7 +28,7 @@ from gpuclust.errors import InputError, UnavailableError
 # Beginnings that have a name.
 INITS = ("k-means++", "k-means||", "random")
 # Part of the estimator's interface, and not of this version.
-_NOT_YET = {"algorithm": "hartigan-wong", "metric": "cosine"}
+_NOT_YET = {"metric": "cosine"}
 
 
 class KMeans(ScikitLearn):
@@ -53,8 +53,9 @@ class KMeans(ScikitLearn):
     random_state : int, numpy.random.RandomState or None
     copy_x : bool
         Without effect: X is never written.
-    algorithm : {"lloyd", "elkan"}
-        Both run Lloyd's, which gives the same labels.
+    algorithm : {"lloyd", "elkan", "hartigan-wong"}
+        The first two run Lloyd's, which gives the same labels. "hartigan-wong": then single rows of the best restart
+        move, until none helps; the inertia is never above Lloyd's (`gpuclust.cluster.hartigan`).
     metric : {"euclidean"}
     precision : {"exact", "fast"}
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
@@ -181,6 +182,7 @@ class KMeans(ScikitLearn):
             precision=self.precision,
             backend=self.backend,
             solver=self.solver,
+            algorithm="lloyd" if self.algorithm == "elkan" else self.algorithm,
             memory_limit=rows.left_of(self.memory_limit),
             tell=print if self.verbose and group.rank == 0 else None,
             group=group,
@@ -258,7 +260,7 @@ class KMeans(ScikitLearn):
             ("n_init", self.n_init == "auto" or is_whole(self.n_init, 1), "'auto' or an int in the range [1, inf)"),
             ("max_iter", is_whole(self.max_iter, 1), "an int in the range [1, inf)"),
             ("tol", is_real(self.tol, 0), "a float in the range [0.0, inf)"),
-            ("algorithm", self.algorithm in ("lloyd", "elkan", "hartigan-wong"), "'lloyd' or 'elkan'"),
+            ("algorithm", self.algorithm in ("lloyd", "elkan", "hartigan-wong"), "'lloyd', 'elkan' or 'hartigan-wong'"),
             ("metric", self.metric in ("euclidean", "cosine"), "'euclidean'"),
             ("precision", self.precision in PRECISIONS, " or ".join(map(repr, PRECISIONS))),
             ("solver", self.solver in SOLVERS, " or ".join(map(repr, SOLVERS))),
