@@ -21,7 +21,7 @@ that can be the best by its inertia and the bound of that, once for each partiti
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -206,9 +206,19 @@ class Dual:
         places = place[labels.long()]
         sums = torch.zeros(self.moments.grid.levels, 1, len(clusters), d, dtype=torch.float64, device=device)
         counts = torch.zeros(1, len(clusters), dtype=torch.float64, device=device)
-        for rows in (places >= 0).nonzero()[:, 0].split(4 * tile_rows(d, device)):
-            self.lloyd.account(self.source.take(rows), rows, places[None, rows], None, sums, counts)
+        for rows, x in self._rows((places >= 0).nonzero()[:, 0]):
+            self.lloyd.account(x, rows, places[None, rows], None, sums, counts)
         return sums[:, 0]
+
+    def _rows(self, rows: torch.Tensor) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor]]:
+        """The rows with these numbers, a few at a time; nothing is copied where they are all."""
+        (n, d), device = self.source.shape, rows.device
+        if len(rows) == n:
+            for start, x in self.source.chunks(n):
+                yield slice(start, start + len(x)), x
+            return
+        for some in rows.split(4 * tile_rows(d, device)):
+            yield some, self.source.take(some)
 
     # ---- moving
 
