@@ -89,6 +89,26 @@ def test_chunks_do_not_change_a_bit(weighted: bool, monkeypatch: pytest.MonkeyPa
             assert (first.inertia, first.moves) == (other.inertia, other.moves)
 
 
+def test_max_iter_bounds_the_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeps: list[int] = []
+    plain = hartigan_module._Partition._sweep
+
+    def sweep(self: Any) -> int:
+        sweeps.append(plain(self))
+        return sweeps[-1]
+
+    monkeypatch.setattr(hartigan_module._Partition, "_sweep", sweep)
+    x = rows("noise", 300, 6)
+    short = fit(x, 20, max_iter=2)
+    assert len(sweeps) == 2
+    assert short.moves == sum(sweeps) > 0
+    sweeps.clear()
+    found = fit(x, 20)
+    assert sweeps[-1] == 0
+    assert found.moves == sum(sweeps)
+    assert found.inertia < short.inertia
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_cluster_and_as_many_as_rows(dtype: torch.dtype) -> None:
     x = rows("noise", 30, 4, dtype)

@@ -8,7 +8,8 @@ not the other way round). The best restart of Lloyd's is improved, and no other:
 **Sweeps.** All rows are scanned with products in float64, which leaves those that may gain; of these, the ones that
 gain by the reference distance to the centroids at the beginning of the sweep are taken in order, lowest row first.
 Each is compared once more with the centroids as they are then, and goes to the cluster that costs least (ties: the
-lowest). Sums stay on their grid, so that nothing depends on chunks. A sweep without a move is the last.
+lowest). Sums stay on their grid, so that nothing depends on chunks. A sweep without a move is the last, and there are
+``max_iter`` at most: rows without clusters may want hundreds, each as long as a pass of Lloyd's in float64.
 
 **It ends.** Centroids here are float64 and within delta of the means (`gpuclust.cluster.centres`), which changes a
 squared distance q by at most ``2 sqrt(q) delta + delta^2``. A row moves only if it gains more than twice what that and
@@ -42,7 +43,7 @@ _FETCHED = 64
 def improve(
     lloyd: Lloyd, best: Solution, dist2: torch.Tensor, inertia: float
 ) -> tuple[Solution, torch.Tensor, float, int]:
-    """Move single rows of a solution, with these distances (n,) and inertia, until none helps.
+    """Move single rows of a solution, with these distances (n,) and inertia, until none helps or ``max_iter`` sweeps.
 
     Returns
     -------
@@ -50,12 +51,12 @@ def improve(
         The solution, its distances and inertia, as they were where nothing lowers it, and the number of moves.
     """
     source, moments, weights = lloyd.source, lloyd.moments, lloyd.weights
-    moves = 0
+    moves, sweeps = 0, lloyd.max_iter
     if moments.frame.far2 < 2.0**-900:
         return best, dist2, inertia, moves  # such squares have lost their digits
     while True:
         partition = _Partition(lloyd, best)
-        made = partition.improve()
+        made, sweeps = partition.improve(sweeps)
         if not made:
             return best, dist2, inertia, moves
         found = lloyd.run(partition.centres.to(best.centroids.dtype)[None])[0]
@@ -89,13 +90,17 @@ class _Partition:
         for cluster in self.mass.nonzero()[0]:
             self._centre(int(cluster))
 
-    def improve(self) -> int:
-        """Sweep until no row gains: how many moved."""
+    def improve(self, sweeps: int) -> tuple[int, int]:
+        """Sweep so often at most, and until no row gains: how many moved, and how many sweeps are left."""
         moves = 0
-        while made := self._sweep():
+        while sweeps > 0:
+            sweeps -= 1
+            made = self._sweep()
+            if not made:
+                break
             moves += made
             self._count()
-        return moves
+        return moves, sweeps
 
     def _count(self) -> None:
         """Weights of the clusters, and their numbers of rows that have some, without what sums in float64 lose."""

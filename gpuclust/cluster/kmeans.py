@@ -55,7 +55,8 @@ class KMeans(ScikitLearn):
         Without effect: X is never written.
     algorithm : {"lloyd", "elkan", "hartigan-wong"}
         The first two run Lloyd's, which gives the same labels. "hartigan-wong": then single rows of the best restart
-        move, until none helps; the inertia is never above Lloyd's (`gpuclust.cluster.hartigan`).
+        move, until none helps or ``max_iter`` sweeps are made; the inertia is never above Lloyd's
+        (`gpuclust.cluster.hartigan`).
     metric : {"euclidean"}
     precision : {"exact", "fast"}
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
