@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,21 @@ def test_chunks_and_memory_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(found.labels, first.labels)
     monkeypatch.setattr(dual_module, "_PIECE_VALUES", {"cpu": 1})
     require_same(x, 5, n_init=6)
+
+
+def test_a_source_of_many_chunks_has_the_bits_of_a_tensor() -> None:
+    class Pieces(TensorSource):
+        def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+            for start, x in super().chunks(min(rows, 37)):
+                kept = x.clone()
+                yield start, kept
+                kept.fill_(torch.nan)  # its memory may be used again
+
+    x = rows("relu", 150, 200)
+    first, other = (fit_kmeans(source, 5, solver="dual", n_init=3, seed=1) for source in (TensorSource(x), Pieces(x)))
+    assert torch.equal(first.labels, other.labels)
+    assert torch.equal(first.centroids, other.centroids)
+    assert first.inertia == other.inertia
 
 
 def test_a_strided_view_has_the_bits_of_its_copy() -> None:

@@ -146,8 +146,8 @@ class Centres:
 
     def _bound(self, which: int | slice, margin: torch.Tensor) -> None:
         reach = self.reach[which]
-        self.slope[which] = (2 * self.error[which] / self.mass[which] + 8 * U * reach) * _MORE
-        self.margin[which] = (margin + 8 * U * reach.square()) * _MORE
+        self.slope[which] = (2 * self.error[which] / self.mass[which] + 16 * U * reach) * _MORE
+        self.margin[which] = (margin + 16 * U * reach.square()) * _MORE
 
 
 def per_cluster(values: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:

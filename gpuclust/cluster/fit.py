@@ -186,6 +186,7 @@ def fit_kmeans(
         if solver == "dual":
             dual = Dual(lloyd, memory_limit)
             together = dual_together(n, d, k, n_init, budget)
+            budget = max(1, budget - 8 * n * n)  # what is left to seeding beside the matrix
             watch.lap("gram_s")
         solutions: list[Solution] = []
         for first in range(0, n_init, together):

@@ -82,10 +82,12 @@ class Gram:
         """Spans of the features, and the rows in them, centred and scaled: float64 (n, w), overwritten by the next."""
         n, d = self._source.shape
         kept = torch.empty(n, self._width, dtype=torch.float64, device=self._source.device)
+        first, x = next(iter(self._source.chunks(n)))
+        whole = [(first, x)] if len(x) == n else None  # a chunk is good until the next is asked for
         for start in range(0, d, self._width):
             span = slice(start, min(d, start + self._width))
             rows = kept[:, : span.stop - start]
-            for first, x in self._source.chunks(n):
+            for first, x in whole or self._source.chunks(n):
                 rows[first : first + len(x)] = x[:, span]
             rows.sub_(self._centre[span]).mul_(self.scale)
             yield span, rows
