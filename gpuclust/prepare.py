@@ -27,6 +27,7 @@ from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.inputs import find_device
+from gpuclust.cluster.solver import plan as plan_solver
 from gpuclust.config import Options, command_line, environment
 from gpuclust.doctor import hardware, versions
 from gpuclust.errors import InputError, MemoryLimitError, first_line, is_out_of_memory, users_code
@@ -111,13 +112,11 @@ class Setup:
         UnavailableError
         """
         self.kmeans(1).fit(torch.zeros(1, 1, dtype=self.dtype, device=self.device))
+        limit, settings = self.plan(self.layers).work_bytes, self.settings
         for layer in self.layers:
-            choose(
-                self.settings.backend,
-                Problem(
-                    self.images.n, layer.values, self.clusters, self.dtype, self.device, False, self.settings.n_init
-                ),
-            )
+            sizes = self.images.n, layer.values, self.clusters
+            choose(settings.backend, Problem(*sizes, self.dtype, self.device, False, settings.n_init))
+            plan_solver(*sizes, settings.n_init, self.device.type, limit).choose(settings.solver)
 
     def describe(self, model: Any, data: Any) -> dict[str, Any]:
         """What a report says of the circumstances, for JSON; ``model`` and ``data`` as they were given."""

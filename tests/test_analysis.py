@@ -51,6 +51,14 @@ def same_results(one: gpuclust.Report, other: gpuclust.Report) -> bool:
     )
 
 
+def test_the_solver_changes_no_cluster(folder: Path) -> None:
+    dual, primal = (gpuclust.analyze(model(), folder, solver=solver) for solver in ("dual", "primal"))
+    for one, other in zip(dual.results, primal.results, strict=True):
+        assert (one.solver, other.solver) == ("dual", "primal")
+        np.testing.assert_array_equal(one.labels, other.labels)
+        assert (one.inertia, one.n_iter) == (other.inertia, other.n_iter)
+
+
 def test_every_number_is_what_scikit_learn_says_of_the_same_activations(folder: Path) -> None:
     report = gpuclust.analyze(model(), folder)
     assert [result.layer for result in report.results] == cases.LAYERS

@@ -93,13 +93,14 @@ def test_a_restart_is_the_same_alone_and_among_others() -> None:
     for init in ("k-means++", "random"):
         lines: list[str] = []
         fit(x, init=init, n_init=5, tell=lines.append)
+        lines = lines[1:]  # after the plan
         for count in (1, 2, 4):
             few: list[str] = []
             fit(x, init=init, n_init=count, tell=few.append)
-            assert few == lines[:count]
+            assert few[1:] == lines[:count]
         split: list[str] = []
         fit(x, init=init, n_init=5, tell=split.append, memory_limit=1)
-        assert split == lines
+        assert split[1:] == lines
 
 
 def test_given_restarts_are_the_same_alone_and_among_others() -> None:
@@ -129,10 +130,10 @@ def test_the_restart_of_least_inertia_wins(kind: str) -> None:
     x = rows(kind, 500, 4, torch.float64)
     lines: list[str] = []
     found = fit(x, 9, n_init=12, tell=lines.append, max_iter=300)
-    values = [float(line.rpartition(" ")[2]) for line in lines]
+    values = [float(line.rpartition(" ")[2]) for line in lines[1:]]
     assert len(set(values)) > 3
     assert found.inertia == pytest.approx(min(values), rel=1e-8)
-    assert found.n_iter == int(lines[int(np.argmin(values))].split()[2])
+    assert found.n_iter == int(lines[1 + int(np.argmin(values))].split()[2])
 
 
 def test_of_equal_solutions_the_first_is_returned() -> None:

@@ -218,13 +218,13 @@ def bounded(
     """The operand of centroids (r, k, d) with these biases, slopes and margins, float64 (r * k,)."""
     inflate = 1 + 2.0**-10
     high, low = bias + margin * inflate, bias - margin * inflate
-    repeated = _repeated(centroids, bias)
+    repeated = repeated_in(centroids, bias)
     high[repeated] = low[repeated] = torch.finfo(torch.float32).max
     high, low, slope = (part.float()[:, None] for part in (high, low, slope * inflate))
     return Operand(centroids, matrix, high, low, slope, shift, scale)
 
 
-def _repeated(centroids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def repeated_in(centroids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Which of the centroids (r, k, d) equal an earlier one of their restart, which wins every tie: bool (r * k,)."""
     r, k, _ = centroids.shape
     repeated = torch.zeros(r, k, dtype=torch.bool, device=centroids.device)

@@ -16,16 +16,18 @@ from gpuclust.cluster.backends.base import Problem, WholeFit
 from gpuclust.cluster.cosine import HALF, unit_means
 from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, require_same
 from gpuclust.cluster.draws import RandomBits
+from gpuclust.cluster.dual import Dual, Ending
+from gpuclust.cluster.hartigan import improve
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.relief import relief
 from gpuclust.cluster.scalable import choose_scalable
 from gpuclust.cluster.seeding import choose_plus_plus, choose_random
+from gpuclust.cluster.solver import BUDGET_BYTES, dual_together, plan, primal_together
 from gpuclust.cluster.source import ChunkSource, take_rows
 from gpuclust.cluster.sums import total
+from gpuclust.errors import UnavailableError
 
-# Bytes for the centroids and sums of the restarts that run together, where no limit is given.
-_BUDGET_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 # Algebraic inertias that differ by less than this share of the spread are told apart by the rows themselves.
 _ALIKE = 2.0**-36
 
@@ -45,9 +47,10 @@ class Fit:
     inertia : float
         Weighted sum of ``dist2``; half of it for the metric "cosine".
     n_iter : int
-        Iterations of the best restart.
+        Iterations of the best restart, before single rows move.
     trace : tuple of float
-        Sum of the squared movements of its centroids in each iteration.
+        Sum of the squared movements of its centroids in each iteration; the dual solver's are of the means before they
+        are rounded, where that is enough to tell whether the restart ends.
     backend, solver, precision : str
         What ran; all three name a backend that runs a whole fit in its own way, as cuml does.
     rejected : dict
@@ -55,12 +58,17 @@ class Fit:
     recheck_share : float
         Share of all assignments, over all restarts and iterations, that the reference distance decided.
     times : dict
-        Seconds: ``moments_s``, ``seed_s``, ``iterate_s``, ``select_s``.
+        Seconds: ``moments_s``, ``seed_s``, ``iterate_s``, ``select_s``; of the dual solver ``gram_s``, of Hartigan-Wong
+        ``moves_s``.
     rows : str
         Where the rows were: in memory, copied to the device, or streamed, and why.
     notes : tuple of str
         What else a reader should know: that memory ran out and chunks became smaller, or what a backend that runs a
         whole fit does in its own way.
+    plan : str
+        What both solvers would take, as far as they differ: seconds and bytes (`gpuclust.cluster.solver`).
+    moves : int
+        Moves of single rows after Lloyd's iterations (`gpuclust.cluster.hartigan`).
     """
 
     centroids: torch.Tensor
@@ -77,6 +85,8 @@ class Fit:
     times: dict[str, float] = field(default_factory=dict)
     rows: str = ""
     notes: tuple[str, ...] = ()
+    plan: str = ""
+    moves: int = 0
 
 
 def fit_kmeans(
@@ -91,6 +101,8 @@ def fit_kmeans(
     weights: torch.Tensor | None = None,
     precision: str = "exact",
     backend: str = "auto",
+    solver: str = "auto",
+    algorithm: str = "lloyd",
     memory_limit: int | None = None,
     tell: Callable[[str], None] | None = None,
     group: Group | None = None,
@@ -106,11 +118,14 @@ def fit_kmeans(
         Movement of the centroids, relative to the mean variance of a feature, at which a restart ends.
     weights : float64 (n,) or None
         None negative, not all zero.
+    solver : {"auto", "primal", "dual"}
+        Never changes the result; "auto" takes the one that should be faster.
+    algorithm : {"lloyd", "hartigan-wong"}
     memory_limit : int or None
         Bytes that may be used beside the rows. It groups the restarts and never changes the result. Where memory runs
         out nevertheless, smaller chunks are tried, and ``notes`` says so.
     tell : Callable or None
-        Takes a line about each restart.
+        Takes a line about the solvers, and one about each restart.
     group : Group or None
         The processes that share the fit: each has a contiguous block of the rows, in the order of their ranks, as its
         ``source``, and its part of ``weights``; ``labels``, ``dist2`` and the re-checked share are of these rows.
@@ -122,7 +137,7 @@ def fit_kmeans(
     InputError
         For NaN, infinity and values whose squares overflow, and for processes that disagree or have no rows.
     UnavailableError
-        If the backend asked for cannot run.
+        If the backend or solver asked for cannot run.
     """
     d, device, group = source.shape[1], source.device, group or OneProcess()
     watch = _Watch(device)
@@ -141,6 +156,8 @@ def fit_kmeans(
             seed=seed,
             weights="given" if weights is not None else None,
             precision=precision,
+            solver=solver,
+            algorithm=algorithm,
             memory_limit=memory_limit,
             metric=metric,
         )
@@ -163,6 +180,21 @@ def fit_kmeans(
                 seed=seed,
                 weights=weights,
             )
+        with in_all(group):
+            costs = plan(
+                *(n, d, k, n_init, device.type, memory_limit),
+                resident=source.resident,
+                ranks=group.size,
+                asked=solver == "dual",
+            )
+            solver = costs.choose("primal" if metric == "cosine" else solver)
+            if algorithm == "hartigan-wong" and group.size > 1:
+                raise UnavailableError(
+                    "algorithm='hartigan-wong' moves single rows one after another, which processes that share the "
+                    "rows cannot do yet: use algorithm='lloyd'"
+                )
+        if tell:
+            tell(str(costs))
         shares = None if weights is None else Weights(weights, block)
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
         spherical: dict[str, Any] = {"finish": unit_means} if metric == "cosine" else {}
@@ -170,8 +202,7 @@ def fit_kmeans(
         lightest = None if shares is None else shares.lightest
         moments = alone(lambda: Moments.of(source, lightest, block))
         watch.lap("moments_s")
-        budget = memory_limit if memory_limit is not None else _BUDGET_BYTES.get(device.type, 512 << 20)
-        together = max(1, budget // (32 * ((k + 1) * d + block.most)))
+        budget = memory_limit or BUDGET_BYTES.get(device.type, BUDGET_BYTES["cpu"])
         lloyd = Lloyd(
             runner,
             source,
@@ -186,26 +217,45 @@ def fit_kmeans(
             relief=room,
             **spherical,
         )
+        dual = None
+        together = primal_together(block.most, d, k, n_init, budget)
+        if solver == "dual":
+            dual = Dual(lloyd, memory_limit)
+            together = dual_together(n, d, k, n_init, budget)
+            budget = max(1, budget - 8 * n * n)  # what is left to seeding beside the matrix
+            watch.lap("gram_s")
         solutions: list[Solution] = []
         for first in range(0, n_init, together):
             restarts = range(first, min(n_init, first + together))
-            centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
+            rows = None
             if isinstance(init, str):
                 rows = alone(partial(_seed, init, source, moments, k, seed, restarts, shares, budget))
-                for place, chosen in zip(centroids, rows, strict=True):
-                    place.copy_(take_rows(source, block, torch.tensor(chosen, device=device)))
+            given = [] if isinstance(init, str) else [init[restart] for restart in restarts]
+            ended: list[Ending | Solution] = []
+            if dual:
+                watch.lap("seed_s")
+                endings, found = dual.run(rows or given)
+                ended += endings
             else:
-                for place, restart in zip(centroids, restarts, strict=True):
-                    place.copy_(init[restart])
-            watch.lap("seed_s")
-            found = lloyd.run(centroids)
+                centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
+                for i, place in enumerate(centroids):
+                    place.copy_(take_rows(source, block, torch.tensor(rows[i], device=device)) if rows else given[i])
+                watch.lap("seed_s")
+                found = lloyd.run(centroids)
+                ended += found
             watch.lap("iterate_s")
             if tell:
-                for restart, one in zip(restarts, found, strict=True):
-                    tell(f"restart {restart}: {one.n_iter} iterations, inertia {one.inertia * unit:.10g}")
+                for i, one in enumerate(ended):
+                    tell(f"restart {restarts[i]}: {one.n_iter} iterations, inertia {one.inertia * unit:.10g}")
             solutions = _close(solutions + found, moments)
         best, dist2, inertia = alone(lambda: _best(source, moments, solutions, weights))
         watch.lap("select_s")
+        moves = 0
+        if algorithm == "hartigan-wong":
+            best, dist2, inertia, moves = improve(lloyd, best, dist2, inertia)
+            if tell:
+                tell(f"{moves} moves of single rows, inertia {inertia * unit:.10g}")
+            watch.lap("moves_s")
     return Fit(
         best.centroids,
         best.labels,
@@ -214,11 +264,13 @@ def fit_kmeans(
         best.n_iter,
         best.shifts,
         runner.name,
-        "primal",
+        solver,
         precision,
         rejected,
         lloyd.work.recheck_share,
         watch.times,
+        plan=str(costs),
+        moves=moves,
         notes=() if room.note is None else (room.note,),
     )
 

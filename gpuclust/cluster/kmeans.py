@@ -32,8 +32,6 @@ from gpuclust.errors import InputError, UnavailableError
 
 # Beginnings that have a name.
 INITS = ("k-means++", "k-means||", "random")
-# Part of the estimator's interface, and not of this version.
-_NOT_YET = {"solver": "dual", "algorithm": "hartigan-wong"}
 
 
 class KMeans(ScikitLearn):
@@ -56,12 +54,14 @@ class KMeans(ScikitLearn):
     tol : float
         Movement of the centroids (sum of squares, relative to the mean variance of a feature) that ends a restart.
     verbose : int
-        Above 0, a line is printed for each restart.
+        Above 0, a line is printed for the choice of the solver, and one for each restart.
     random_state : int, numpy.random.RandomState or None
     copy_x : bool
         Without effect: X is never written.
-    algorithm : {"lloyd", "elkan"}
-        Both run Lloyd's, which gives the same labels.
+    algorithm : {"lloyd", "elkan", "hartigan-wong"}
+        The first two run Lloyd's, which gives the same labels. "hartigan-wong": then single rows of the best restart
+        move, until none helps or ``max_iter`` sweeps are made; the inertia is never above Lloyd's
+        (`gpuclust.cluster.hartigan`).
     metric : {"euclidean", "cosine"}
         "cosine": spherical k-means (`gpuclust.cluster.cosine`): rows count by their direction alone, centroids have
         unit length, and 1 - cos takes the place of squared distances, in `transform` that of distances. A row of zeros
@@ -69,7 +69,10 @@ class KMeans(ScikitLearn):
     precision : {"exact", "fast"}
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
         the lowest index. "fast": the nearest by the backend's arithmetic (float32; triton's is float16), unchecked.
-    solver : {"auto", "primal"}
+    solver : {"auto", "primal", "dual"}
+        "dual": all iterations in the n x n matrix of the rows' products, for rows much wider than they are many; needs
+        X on the device and 8 bytes per pair of rows. "auto" takes what `gpuclust.cluster.solver` predicts to be faster.
+        It never changes the result.
     backend : {"auto", "cupy", "triton", "torch", "cuml"}
         "cuml": the fit is that of RAPIDS' cuML, with its own convergence and rounding; labels are then not exact, and
         ``fit_report_.notes`` says what differs. "auto" never takes it.
@@ -203,6 +206,8 @@ class KMeans(ScikitLearn):
             weights=read_weights(sample_weight, source, group),
             precision=self.precision,
             backend=self.backend,
+            solver=self.solver,
+            algorithm="lloyd" if self.algorithm == "elkan" else self.algorithm,
             memory_limit=rows.left_of(self.memory_limit),
             tell=print if self.verbose and group.rank == 0 else None,
             group=group,
@@ -324,7 +329,7 @@ class KMeans(ScikitLearn):
             ("n_init", self.n_init == "auto" or is_whole(self.n_init, 1), "'auto' or an int in the range [1, inf)"),
             ("max_iter", is_whole(self.max_iter, 1), "an int in the range [1, inf)"),
             ("tol", is_real(self.tol, 0), "a float in the range [0.0, inf)"),
-            ("algorithm", self.algorithm in ("lloyd", "elkan", "hartigan-wong"), "'lloyd' or 'elkan'"),
+            ("algorithm", self.algorithm in ("lloyd", "elkan", "hartigan-wong"), "'lloyd', 'elkan' or 'hartigan-wong'"),
             ("metric", self.metric in ("euclidean", "cosine"), "'euclidean' or 'cosine'"),
             ("precision", self.precision in PRECISIONS, " or ".join(map(repr, PRECISIONS))),
             ("solver", self.solver in SOLVERS, " or ".join(map(repr, SOLVERS))),
@@ -344,9 +349,6 @@ class KMeans(ScikitLearn):
                     f"metric='cosine' and {parameter}={other!r} do not go together: {other} knows Euclidean distances "
                     f"alone; leave {parameter!r} at its default"
                 )
-        for parameter, missing in _NOT_YET.items():
-            if getattr(self, parameter) == missing:
-                raise UnavailableError(f"{parameter}={missing!r} is not part of this version of gpuclust")
 
     def _read(self, X: Any, *, reset: bool) -> Rows:
         if hasattr(X, "columns") or hasattr(self, "feature_names_in_"):

@@ -68,6 +68,10 @@ class Weights:
         The weights in that unit.
     lightest : float
         The least of them that is above 0.
+    levels : int
+        Of their grid.
+    rounding : float
+        What a weight can be off on it.
     """
 
     def __init__(self, weights: torch.Tensor, block: Block | None = None) -> None:
@@ -79,6 +83,7 @@ class Weights:
         self.lightest = -block.max(-above.amin()).item()
         grid = Grid.of(block.max(values.amax()).reshape(1), block.n, torch.float64, self.lightest)
         self._parts = [part[:, 0] for part in grid.split(values[:, None])]
+        self.levels, self.rounding = grid.levels, grid.magic[-1].item() * (2.0**-53 / 1.5)
 
     def per_cluster(self, labels: torch.Tensor, k: int) -> torch.Tensor:
         """Sum of the weights in each cluster: float64 (levels, r, k) of labels (r, n)."""
@@ -151,7 +156,7 @@ class Lloyd:
         while active:
             changed = self.group.all_reduce(self._relieved(centroids, labels, sums, counts, passes == 0)).tolist()
             passes += 1
-            masses = self._masses(labels, counts, k)
+            masses = self.masses(labels, counts, k)
             totals = self.group.all_reduce(sums)
             staying = []
             for i, restart in enumerate(active):
@@ -159,12 +164,12 @@ class Lloyd:
                     solutions[restart] = Solution(
                         centroids[i].clone(),
                         labels[i].clone(),
-                        self._inertia(centroids[i], totals[:, i], masses[i]),
+                        self.inertia(centroids[i], totals[:, i], masses[i]),
                         passes - closing[i],
                         tuple(shifts[restart]),
                     )
                     continue
-                shift = self._update(centroids[i], labels[i], totals[:, i], masses[i])
+                shift = self.update(centroids[i], labels[i], totals[:, i], masses[i])
                 shifts[restart].append(shift)
                 closing[i] = shift <= self.tol or passes >= self.max_iter
                 staying.append(i)
@@ -205,7 +210,7 @@ class Lloyd:
             changed = new != labels
             moved = changed.any(0).nonzero()[:, 0]
             for some in moved.split(self.chunk_rows(len(labels))) if len(moved) else ():
-                self._account(self.source.take(some), some, new[:, some], labels[:, some], sums, counts)
+                self.account(self.source.take(some), some, new[:, some], labels[:, some], sums, counts)
             labels.copy_(new)
             return changed.sum(1)
         count = torch.zeros(len(labels), dtype=torch.int64, device=centroids.device)
@@ -214,11 +219,11 @@ class Lloyd:
             old, found = labels[:, part], new[:, part]
             self.work.rechecked += self.backend.assign(x, self.norms[part], operand, found, self.precision)
             count += (found != old).sum(1)
-            self._account(x, part, found, None if first else old, sums, counts)
+            self.account(x, part, found, None if first else old, sums, counts)
         labels.copy_(new)
         return count
 
-    def _account(
+    def account(
         self,
         x: torch.Tensor,
         which: slice | torch.Tensor,
@@ -231,12 +236,12 @@ class Lloyd:
         weights = None if self.weights is None else self.weights.values[which]
         self.backend.accumulate(x, weights, self.moments.grid, new, old, sums, counts)
 
-    def _masses(self, labels: torch.Tensor, counts: torch.Tensor, k: int) -> torch.Tensor:
+    def masses(self, labels: torch.Tensor, counts: torch.Tensor, k: int) -> torch.Tensor:
         """Weight of each cluster, over all processes, float64 (r, k)."""
         local = counts[None] if self.weights is None else self.weights.per_cluster(labels, k)
         return self.group.all_reduce(local).sum(0)
 
-    def _update(self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
+    def update(self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
         """Move the centroids (k, d) of one restart to the means of their rows: the sum of the squared movements."""
         if bool((mass == 0).any()):
             sums, mass = self._fill_empty(centroids, labels, sums.clone(), mass.clone())
@@ -283,7 +288,7 @@ class Lloyd:
         for row in rows[rows[:, 0].sort(descending=True, stable=True).indices[:count]]:
             yield row[0].item(), int(row[1]), row[2].item(), row[3:].view(levels, d)
 
-    def _inertia(self, centroids: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
+    def inertia(self, centroids: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
         """T - 2 sum_j (c_j - m) . (S_j - n_j m) + sum_j n_j ||c_j - m||^2, free of any order."""
         known, weights = self.moments, self.weights
         spread = known.spread if weights is None else total(known.dist2, weights.values, known.block)
