@@ -38,7 +38,7 @@ class OnHost:
         if self.module == "torch":
             return self.values.to(self.device) if here else self.values
         module = _import(self.module) if here else None
-        if hasattr(module, "from_dlpack"):
+        if module is not None and hasattr(module, "from_dlpack"):
             return module.from_dlpack(self.values.to(self.device))
         return self.values.numpy()
 
