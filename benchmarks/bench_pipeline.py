@@ -49,7 +49,9 @@ def test_alexnet(device: torch.device, in_turn: Callable, record: Callable) -> N
     capture_s, bare_s = in_turn(capture, bare, ROUNDS, warmup=1)
     case = f"AlexNet auto, {IMAGES} images, float32, batch {BATCH[device.type]}"
     record(case, "bare forward pass", bare_s, images_per_s=IMAGES / median(bare_s))
-    row = record(case, "capture", capture_s, bare_s, images_per_s=IMAGES / median(capture_s))
+    row = record(
+        case, "capture", capture_s, bare_s, beside="bare forward pass", images_per_s=IMAGES / median(capture_s)
+    )
     if device.type == "cpu":
         ratio = min(row["ratio"], row["ratio_of_medians"])
         assert ratio >= LEAST_RATIO, f"capturing reaches {ratio:.3f} of the bare forward pass's images/s"

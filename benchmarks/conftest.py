@@ -1,12 +1,12 @@
-"""How benchmarks measure and what they leave: two calls timed in turn, and a row for each that tells where it ran."""
+"""How benchmarks measure and what they leave: calls timed in turn, and a row for each that tells where it ran.
+
+Timing, rows and their columns are those of `gpuclust.bench`; here they meet pytest.
+"""
 
 from __future__ import annotations
 
-import csv
-import subprocess
-import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from gpuclust.doctor import hardware, versions
-
-ROOT = Path(__file__).parent.parent
-VERSIONS = ("gpuclust", "torch", "torchvision", "scikit-learn", "numpy", "python", "cuda")
-MEASURED = ("time_s", "time_p20_s", "time_p80_s", "images_per_s", "ratio", "ratio_p20", "ratio_p80", "ratio_of_medians")
-QUALITY = ("inertia", "n_iter", "wrong_labels", "recheck_share")
-COLUMNS = ("date", "commit", "case", "what", "device", "threads", "rounds", *MEASURED, *QUALITY, *VERSIONS)
+from gpuclust.bench.case import Case
+from gpuclust.bench.ceilings import Ceilings, measure
+from gpuclust.bench.ours import our_backends
+from gpuclust.bench.peers import all_peers
+from gpuclust.bench.rows import MEASURED, QUALITY, append, check_file, new_row
+from gpuclust.bench.run import Bench
+from gpuclust.bench.timing import Clock, spread, turn
+from gpuclust.errors import InputError
 
 _rows: list[dict[str, Any]] = []
 
@@ -32,104 +33,103 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    file = config.getoption("--rows")
-    if file and file.exists() and (head := file.read_text().partition("\n")[0]) != ",".join(COLUMNS):
-        raise pytest.UsageError(f"--rows: {file} has other columns ({head}); give another file")
+    if file := config.getoption("--rows"):
+        try:
+            check_file(file)
+        except InputError as error:
+            raise pytest.UsageError(str(error)) from error
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for row in _rows:
-        shown = (f"{name} {row[name]:.4g}" for name in (*MEASURED, *QUALITY) if name in row)
-        terminalreporter.line(f"{row['case']}, {row['device']}: {row['what']}: {', '.join(shown)}")
+        shown = [
+            f"{name} {row[name]:.4g}"
+            for name in (*MEASURED, *QUALITY)
+            if name in row and not isinstance(row[name], str)
+        ]
+        told = ", ".join(shown) if "time_s" in row else row["missing"]
+        terminalreporter.line(f"{row['case']}, {row['device']}: {row.get('op', '')} {row['what']}: {told}")
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    return torch.device(request.param)
+    return torch.device(request.param, 0 if request.param == "cuda" else None)
 
 
 @pytest.fixture
 def in_turn(benchmark: Any, device: torch.device) -> Callable[..., tuple[list[float], list[float]]]:
-    """``in_turn(ours, peer, rounds, warmup)``: seconds of each call of both, called peer, ours, peer, ours ..."""
+    """``in_turn(ours, peer, rounds, warmup)``: seconds of each call of both, called peer, ours, peer, ours ...
+
+    pytest-benchmark's own table has the time of a round, which is both together.
+    """
     if benchmark.disabled:
         pytest.skip("--benchmark-disable: nothing would be measured")
 
-    def finish(call: Call) -> None:
-        call()  # what it returns is freed at once: no call pays for another's memory
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def measured(ours: Call, peer: Call, rounds: int, warmup: int = 0) -> tuple[list[float], list[float]]:
+        clock, times = Clock(device), []
+        benchmark.pedantic(lambda: times.append(turn(clock, [peer, ours])), rounds=rounds, warmup_rounds=warmup)
+        peer_s, ours_s = zip(*times[warmup:], strict=True)
+        return list(ours_s), list(peer_s)
 
-    def measure(ours: Call, peer: Call, rounds: int, warmup: int = 0) -> tuple[list[float], list[float]]:
-        peer_s = []
-
-        def before() -> tuple[tuple[Call], dict[str, Any]]:
-            started = time.perf_counter()
-            finish(peer)
-            peer_s.append(time.perf_counter() - started)
-            return (ours,), {}
-
-        benchmark.pedantic(finish, setup=before, rounds=rounds, warmup_rounds=warmup)
-        return benchmark.stats.stats.data, peer_s[warmup:]
-
-    return measure
+    return measured
 
 
 @pytest.fixture
-def record(
-    request: pytest.FixtureRequest, benchmark: Any, device: torch.device, commit: str
-) -> Callable[..., dict[str, Any]]:
-    """``record(case, what, times_s, peer_s=None, **measured)``: the row, with its medians and the ratios to a peer."""
+def keep(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[dict[str, Any]], None]:
+    """Keeps a row: for the summary, in pytest-benchmark's own record, and in the file of --rows."""
 
-    def append(
-        case: str, what: str, times_s: Sequence[float], peer_s: Sequence[float] | None = None, **measured: float
+    def kept(row: dict[str, Any]) -> None:
+        which = " ".join(filter(None, (row.get("op"), row["what"])))
+        benchmark.extra_info.update({f"{which}: {name}": value for name, value in row.items()})
+        _rows.append(row)
+        if file := request.config.getoption("--rows"):
+            append(file, [row])
+
+    return kept
+
+
+@pytest.fixture
+def record(keep: Callable[[dict[str, Any]], None], device: torch.device) -> Callable[..., dict[str, Any]]:
+    """``record(case, what, times_s, peer_s=None, **columns)``: the row, with its medians and the ratios to a peer."""
+
+    def appended(
+        case: str, what: str, times_s: Sequence[float], peer_s: Sequence[float] | None = None, **columns: Any
     ) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit,
-            "case": case,
-            "what": what,
-            "device": hardware(device.type)["device"],
-            "threads": torch.get_num_threads(),
-            "rounds": len(times_s),
-            **spread("time{}_s", times_s),
-            **measured,
-            **{name: value for name, value in versions().items() if name in VERSIONS},
-        }
+        row = new_row(case, what, device, rounds=len(times_s), **spread("time{}_s", times_s), **columns)
         if peer_s is not None:
             row |= spread("ratio{}", np.divide(peer_s, times_s))
             row["ratio_of_medians"] = float(np.median(peer_s) / np.median(times_s))
-        benchmark.extra_info.update({f"{what}: {name}": value for name, value in row.items()})
-        _rows.append(row)
-        if file := request.config.getoption("--rows"):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            new = not file.exists()
-            with open(file, "a", newline="") as stream:
-                writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+        keep(row)
         return row
 
-    return append
+    return appended
 
 
-def spread(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
-    low, middle, high = np.percentile(values, (20, 50, 80)).tolist()
-    return {name.format(""): middle, name.format("_p20"): low, name.format("_p80"): high}
+@pytest.fixture
+def measure_case(
+    keep: Callable[[dict[str, Any]], None], benchmark: Any, device: torch.device
+) -> Callable[..., list[dict[str, Any]]]:
+    """``measure_case(case, ops, title)``: rows of gpuclust and every peer; fails on a wrong label of gpuclust's."""
+    if benchmark.disabled:
+        pytest.skip("--benchmark-disable: nothing would be measured")
+
+    def measured(case: Case, ops: Sequence[str], title: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+
+        def tell(row: dict[str, Any]) -> None:
+            rows.append(row)
+            keep(row)
+
+        bench = Bench(device, [*our_backends(device), *all_peers()], _ceilings(device), tell)
+        benchmark.pedantic(bench.run, args=(case, ops, title), rounds=1)
+        assert not bench.failures, "; ".join(bench.failures)
+        return rows
+
+    return measured
 
 
-@pytest.fixture(scope="session")
-def commit() -> str:
-    """The commit of this checkout, with -dirty if files other than results differ from it; empty without git."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+@cache
+def _ceilings(device: torch.device) -> Ceilings:
+    return measure(device)

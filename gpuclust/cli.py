@@ -271,6 +271,32 @@ def cluster(
 
 
 @app.command()
+def bench(
+    n: Annotated[int, typer.Option("-n", metavar="N", help="Rows.")],
+    d: Annotated[int, typer.Option("-d", metavar="D", help="Values of a row.")],
+    k: Annotated[int, typer.Option("-k", metavar="K", help="Clusters.")],
+    dtype: Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Of the rows.")] = "float32",
+    device: Device = "auto",
+    iterations: Annotated[int, typer.Option(metavar="N", help="Of a fit; no tolerance ends it.")] = 10,
+    n_init: Annotated[int, typer.Option(metavar="N", help="Restarts of a fit, each from its own centroids.")] = 1,
+    ops: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Some of assign,update,iteration,fit,seed.")
+    ] = "assign,update,iteration,fit,seed",
+    peers: Annotated[
+        str, typer.Option(metavar="all|none|A,B,C", help="Who is measured beside gpuclust; a wrong name lists them.")
+    ] = "all",
+    rows: Annotated[Path | None, typer.Option(metavar="FILE", help="CSV file that the rows are appended to.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the rows and the starting centroids.")] = 0,
+) -> None:
+    """Throughput of each backend and installed peer, beside the limits."""
+    from gpuclust.bench.case import Case
+    from gpuclust.bench.command import bench as measure
+
+    case = Case(n, d, k, dtype=dtype, iterations=iterations, n_init=n_init, seed=seed)
+    measure(case, device=device, ops=ops, peers=peers, rows=rows, say=typer.echo)
+
+
+@app.command()
 def doctor() -> None:
     """Devices, memory, backends: what can run here, and why not."""
     from rich.console import Console

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from operator import index
+from pathlib import Path
 from typing import Any
 
 from gpuclust.errors import InputError
@@ -134,15 +135,18 @@ class Environment:
     device: str | None
     memory_limit: int | None
     chunk_bytes: int | None
+    cache: Path | None
 
 
 def environment() -> Environment:
-    """Read GPUCLUST_DEVICE, GPUCLUST_MEMORY_LIMIT and GPUCLUST_CHUNK_BYTES now."""
+    """Read GPUCLUST_DEVICE, GPUCLUST_MEMORY_LIMIT, GPUCLUST_CHUNK_BYTES and GPUCLUST_CACHE now."""
     limit, chunk = os.environ.get("GPUCLUST_MEMORY_LIMIT"), os.environ.get("GPUCLUST_CHUNK_BYTES")
+    cache = os.environ.get("GPUCLUST_CACHE")
     return Environment(
         device=os.environ.get("GPUCLUST_DEVICE") or None,
         memory_limit=parse_bytes(limit) if limit else None,
         chunk_bytes=parse_bytes(chunk) if chunk else None,
+        cache=Path(cache).expanduser() if cache else None,
     )
 
 

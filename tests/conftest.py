@@ -21,9 +21,43 @@ def missing_gpu() -> str | None:
 
 
 @cache
+def missing_nvrtc() -> str | None:
+    """Why CUDA sources cannot be compiled here; a GPU is not needed for that."""
+    if importlib.util.find_spec("cupy") is None:
+        return "cupy is not installed (pip install cupy-cuda13x)"
+    from cupy.cuda import nvrtc
+
+    try:
+        nvrtc.getVersion()
+    except RuntimeError as error:
+        return f"cupy finds no NVRTC: {error}"
+    return None
+
+
+def missing_compiler() -> str | None:
+    """Why kernels cannot be compiled for the processor here."""
+    return None if shutil.which("g++") else "no g++ on PATH (Debian: apt-get install g++)"
+
+
+@cache
 def chromium() -> str | None:
     """The path of a Chromium."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+# Triton reads this when it is first imported. Where there is no CUDA device its kernels run in its interpreter.
+if missing_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@cache
+def missing_interpreter() -> str | None:
+    """Why tests marked interpreter cannot run here."""
+    from gpuclust.cluster.backends.triton import TritonBackend
+
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton's kernels are compiled here, for the CUDA device"
+    return TritonBackend().unavailable()
 
 
 def missing_browser() -> str | None:
@@ -33,13 +67,22 @@ def missing_browser() -> str | None:
     return None if chromium() else "no Chromium on PATH (Debian: apt-get install chromium)"
 
 
+MISSING = {
+    "interpreter": missing_interpreter,
+    "browser": missing_browser,
+    "nvrtc": missing_nvrtc,
+    "compiler": missing_compiler,
+}
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := missing_gpu()):
         if os.environ.get("GPUCLUST_REQUIRE_GPU") == "1":
             pytest.fail(f"GPUCLUST_REQUIRE_GPU is 1, and {reason}", pytrace=False)
         pytest.skip(reason)
-    if item.get_closest_marker("browser") and (reason := missing_browser()):
-        pytest.skip(reason)
+    for marker, missing in MISSING.items():
+        if item.get_closest_marker(marker) and (reason := missing()):
+            pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

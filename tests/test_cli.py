@@ -69,7 +69,7 @@ def test_help_answers_at_once_and_loads_nothing_heavy() -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("command", ["run", "demo", "layers", "plan", "cluster", "doctor"])
+@pytest.mark.parametrize("command", ["run", "demo", "layers", "plan", "cluster", "bench", "doctor"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command([command, "--help"]) == 0
     shown = capsys.readouterr().out

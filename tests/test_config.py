@@ -103,13 +103,19 @@ def test_the_command_of_a_run_asks_for_the_same_run() -> None:
 
 
 def test_the_environment_is_read_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DEVICE", "MEMORY_LIMIT", "CHUNK_BYTES"):
+    for name in ("DEVICE", "MEMORY_LIMIT", "CHUNK_BYTES", "CACHE"):
         monkeypatch.delenv(f"GPUCLUST_{name}", raising=False)
-    assert vars(environment()) == {"device": None, "memory_limit": None, "chunk_bytes": None}
+    assert vars(environment()) == {"device": None, "memory_limit": None, "chunk_bytes": None, "cache": None}
     monkeypatch.setenv("GPUCLUST_DEVICE", "cpu")
     monkeypatch.setenv("GPUCLUST_MEMORY_LIMIT", "3MiB")
     monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "64KiB")
-    assert vars(environment()) == {"device": "cpu", "memory_limit": 3 << 20, "chunk_bytes": 1 << 16}
+    monkeypatch.setenv("GPUCLUST_CACHE", "/some/where")
+    assert vars(environment()) == {
+        "device": "cpu",
+        "memory_limit": 3 << 20,
+        "chunk_bytes": 1 << 16,
+        "cache": Path("/some/where"),
+    }
     monkeypatch.setenv("GPUCLUST_MEMORY_LIMIT", "much")
     with pytest.raises(InputError, match="got 'much'"):
         environment()

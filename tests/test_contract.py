@@ -23,13 +23,20 @@ from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.source import TensorSource
 
 CASES = covering()
-# What an interpreter can do in a second or two.
-SMALL = [case for case in covering(300_000) if case.products <= 300_000]
+# What an interpreter can do in a second or two; the widest take it many steps, however few their rows.
+SMALL = [case for case in covering(300_000) if case.d < 70_001]
+SMALL += [case for case in covering(300_000) if case.d == 70_001 and case.restarts == 1][:1]
 ON_A_GPU = [pytest.mark.gpu]
-RUNS = [pytest.param("torch", "cpu", case, id=f"torch-{case.name}") for case in CASES] + [
-    pytest.param(name, "cuda", case, id=f"{name}-cuda-{case.name}", marks=ON_A_GPU)
-    for name in ("torch", "triton", "cupy")
-    for case in CASES
+# Triton's interpreter computes in NumPy, which warns of what is not a number where a device does not.
+IN_NUMPY = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+RUNS = [
+    *(pytest.param("torch", "cpu", case, id=f"torch-{case.name}") for case in CASES),
+    *(pytest.param("triton", "cpu", case, id=f"triton-{case.name}", marks=pytest.mark.interpreter) for case in SMALL),
+    *(
+        pytest.param(name, "cuda", case, id=f"{name}-cuda-{case.name}", marks=ON_A_GPU)
+        for name in ("torch", "triton", "cupy")
+        for case in CASES
+    ),
 ]
 
 
@@ -97,12 +104,14 @@ def check_sums(case, x, values, grid, labels, sums, counts) -> None:  # type: ig
                 assert abs(got - true) <= len(some) * step[column] / 2 + 2.0**-52 * abs(true)
 
 
+@IN_NUMPY
 @pytest.mark.parametrize(("name", "device", "case"), RUNS)
 def test_labels_are_exact(name: str, device: str, case: Case) -> None:
     with full_precision(torch.device(device)):
         check_assign(backend_for(name, case, device), case, device)
 
 
+@IN_NUMPY
 @pytest.mark.parametrize(("name", "device", "case"), RUNS)
 def test_sums_are_free_of_order(name: str, device: str, case: Case) -> None:
     with full_precision(torch.device(device)):
@@ -141,7 +150,7 @@ def test_the_set_covers_every_value_and_stays_small() -> None:
 
 
 def test_the_checks_find_a_wrong_label_and_a_wrong_sum() -> None:
-    case = next(case for case in CASES if case.n > 60 and case.k == 5 and case.kind == "noise")
+    case = Case(65, 8, 5, torch.float32, "plain", "noise", 1, None)
 
     class Wrong:
         def __init__(self) -> None:

@@ -277,7 +277,7 @@ def test_a_parameter_out_of_range_is_named(parameter: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("parameter", "value"),
-    [("solver", "dual"), ("algorithm", "hartigan-wong"), ("backend", "triton")],
+    [("solver", "dual"), ("algorithm", "hartigan-wong")],
 )
 def test_what_this_version_lacks_is_an_error_and_no_fallback(parameter: str, value: str) -> None:
     with pytest.raises(UnavailableError, match=value):

@@ -42,6 +42,7 @@ def lloyd(
         group or OneProcess(),
         shares,
         lambda restarts: chunk,
+        1 << 30,
         max_iter=max_iter,
         tol=tol * known.spread / x.numel(),
         precision="exact",

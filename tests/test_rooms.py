@@ -14,8 +14,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpuclust"
 FILES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = [file for file in sorted((ROOT / "kernels").rglob("*.*")) if file.suffix in (".py", ".cu", ".cuh")]
 HEAVY = ["sklearn", "pandas", "matplotlib", "torchvision", "scipy", "jinja2", "rich", "typer", "PIL"]
-OTHER_ROOMS = ["gpuclust.capture", "gpuclust.compare", "gpuclust.report", "gpuclust.demo", "gpuclust.cli"]
+OTHER_ROOMS = [
+    "gpuclust.bench",
+    "gpuclust.capture",
+    "gpuclust.compare",
+    "gpuclust.report",
+    "gpuclust.demo",
+    "gpuclust.cli",
+]
 
 
 def loaded_by(code: str) -> set[str]:
@@ -79,6 +87,15 @@ def test_results_are_compared_and_shown_without_a_network(room: str) -> None:
         assert not inside(imported_by(file), ["gpuclust.capture", "gpuclust.cli"]), file
 
 
+def test_only_the_command_line_knows_the_benchmarks() -> None:
+    for file in FILES:
+        if file.parent != PACKAGE / "bench" and file != PACKAGE / "cli.py":
+            assert not inside(imported_by(file), ["gpuclust.bench"]), file
+    for file in sorted((PACKAGE / "bench").glob("*.py")):
+        rooms = [room for room in OTHER_ROOMS if room != "gpuclust.bench"]
+        assert not inside(imported_by(file), [*rooms, "gpuclust.analysis", "gpuclust.prepare"]), file
+
+
 def test_only_one_file_reads_the_environment_variables() -> None:
     readers = [
         file.relative_to(PACKAGE).as_posix()
@@ -92,15 +109,33 @@ def test_only_one_file_reads_the_environment_variables() -> None:
     assert set(readers) == {"config.py"}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("file", FILES + KERNELS, ids=lambda file: file.relative_to(ROOT).as_posix())
 def test_no_file_is_longer_than_500_lines(file: Path) -> None:
     assert len(file.read_text(encoding="utf-8").splitlines()) <= 500
 
 
 def test_every_folder_with_modules_is_a_package_of_the_wheel() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    listed = set(project["tool"]["setuptools"]["packages"])
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     there = {".".join(file.parent.relative_to(ROOT).parts) for file in FILES}
-    assert listed == there
+    kernels = {f"gpuclust.kernels.{folder.name}" for folder in (ROOT / "kernels").iterdir() if folder.is_dir()}
+    assert set(setuptools["packages"]) == there | kernels
     for name in there:
         assert (ROOT.joinpath(*name.split(".")) / "__init__.py").is_file()
+    assert setuptools["package-dir"] == {name: name.removeprefix("gpuclust.").replace(".", "/") for name in kernels}
+    kinds = {pattern for name in kernels for pattern in setuptools["package-data"].get(name, ())} | {"*.py"}
+    for file in (ROOT / "kernels").rglob("*.*"):
+        assert file.parent == ROOT / "kernels" or file.suffix in ("", ".pyc") or f"*{file.suffix}" in kinds, file
+
+
+def test_kernels_are_no_package_of_their_own_and_each_has_its_row() -> None:
+    # A package of that name at the top of the checkout would shadow another project's.
+    assert not list((ROOT / "kernels").rglob("__init__.py"))
+    table = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    for file in (ROOT / "kernels").glob("*/*.[pc]*"):
+        assert f"`{file.relative_to(ROOT / 'kernels')}`" in table
+
+
+def test_kernels_are_found_from_a_bare_checkout_without_loading_a_compiler() -> None:
+    loaded = loaded_by("import gpuclust.kernels as kernels, gpuclust.cluster\nassert kernels.cuda_folder().is_dir()")
+    assert "torch" in loaded
+    assert not inside(loaded, ["triton", "cupy"])

@@ -80,13 +80,13 @@ def test_draws_have_the_probabilities_of_greedy_k_means_plus_plus(weights: list[
     dist2 = reference_dist2(x, x)
     chosen = np.array(plus_plus(x, 2, range(3000), weights=weights))
     assert fits(np.bincount(chosen[:, 0], minlength=6), share)
-    # The second is the best of four draws, 2 (2 + log 2), each with probability share * dist2.
+    # The second is the best of two draws, 2 + log 2 rounded down, each with probability share * dist2.
     expected = np.zeros((6, 6))
     for first in range(6):
         draw = share * dist2[first]
         draw /= draw.sum()
         left = (share * np.minimum(dist2[first], dist2)).sum(1)
-        for tried in itertools.product(range(6), repeat=4):
+        for tried in itertools.product(range(6), repeat=2):
             expected[first, min(tried, key=lambda row: left[row])] += share[first] / share.sum() * draw[[*tried]].prod()
     counts = np.bincount(chosen[:, 0] * 6 + chosen[:, 1], minlength=36)
     likely = expected.ravel() > 2e-3

@@ -36,7 +36,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 def open_and_certain(x: torch.Tensor, centroids: torch.Tensor, basis: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Labels of a pass over the sketch in the space of ``basis`` (1, m, d), and which of them are certain."""
     source = TensorSource(x)
-    sketch = Sketch(source, Moments.of(source), basis)
+    sketch = Sketch(source, Moments.of(source), basis, x.shape[1] // 8)
     sketch.read()
     labels = torch.full((1, len(x)), -1, dtype=torch.int32)
     row, _, _ = propose(sketch.rows, sketch.norms, sketch.operand(centroids), labels)
@@ -111,11 +111,11 @@ def test_a_fit_has_the_same_bits_with_a_sketch(
 def test_a_sketch_that_does_not_pay_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LEAST_VALUES", 0)
     monkeypatch.setattr(module, "_LEAST_ROWS", 0)
-    for x, pays in ((rows("noise", 2000, 64), False), (images(2000, 64), True)):
+    for x, pays in ((rows("noise", 2000, 128), False), (images(2000, 128), True)):
         source = TensorSource(x)
         moments = Moments.of(source)
         norms = moments.frame.norms(moments.dist2)
-        sketches, backend = Sketches(TorchBackend(), source, moments, norms), TorchBackend()
+        sketches, backend = Sketches(TorchBackend(), source, moments, norms, 1 << 30), TorchBackend()
         labels = torch.empty(1, 2000, dtype=torch.int32)
         found = [
             sketches.assign(backend.prepare(moments.frame, x[None, :30], x.dtype), labels, "exact") for _ in range(4)

@@ -23,6 +23,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "gpuclust", source / "gpuclust", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "kernels", source / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(source)]
     subprocess.run(build, check=True, capture_output=True, cwd=folder)
@@ -65,6 +66,25 @@ def test_demo_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     require_the_readmes_numbers(table)
     written = {path.name for path in (tmp_path / "page").iterdir()}
     assert {"report.html", "layers.csv", "assignments.parquet", "run.json", "figures"} <= written
+
+
+def test_kernels_are_found_in_the_wheel(installed: Path, tmp_path: Path) -> None:
+    sources = {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels").glob("*/*.[pc]*")}
+    shown = run(
+        installed,
+        "python",
+        "-c",
+        "import gpuclust.kernels as kernels\nfrom importlib.util import find_spec\n"
+        "found = [find_spec(f'gpuclust.kernels.triton.{name}').origin for name in ('assign', 'accumulate')]\n"
+        "print(kernels.cuda_folder(), *found)",
+        cwd=tmp_path,
+    )
+    assert shown.returncode == 0, shown.stderr
+    cuda, *modules = (Path(place) for place in shown.stdout.split())
+    root = cuda.parent
+    assert root.is_relative_to(installed.parent)
+    assert modules == [root / "triton" / "assign.py", root / "triton" / "accumulate.py"]
+    assert sources <= {path.relative_to(root) for path in root.glob("*/*")}
 
 
 def test_nothing_but_the_package_is_installed(installed: Path) -> None:

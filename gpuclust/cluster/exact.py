@@ -10,17 +10,17 @@ that score plus a term that is the same for all centroids of a row. With an `Ari
 share rho and an absolute t, and whose additions round by a share v, the computed score is off by at most
 
     2 ||x^|| ||c - m|| s (g + 2 rho + rho^2) (1 + 4 rho) + 2 sqrt(d) t (||x^|| + ||c - m|| s) + 2 d t^2
-      + 8 u (|bias_j| + 2 ||x^|| ||c - m|| s) + eta,        u = 2**-24,
+      + g |bias_j| + 8 u (|bias_j| + 2 ||x^|| ||c - m|| s) + eta,        u = 2**-24,
 
-where g = (K + S) v / (1 - (K + S) v) bounds a sum of K products in any order, of which S partial sums are then added
-(Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1, with Cauchy-Schwarz for the norms); rows
-used as stored round nothing, which takes one rho away; 8 u covers the rounding of the bias, of the bound itself and of
-the few additions around it; eta covers underflow. Tensor cores add with truncation, at most 2**-22 of the largest term
-for each product (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021). The
-reference distance is within (log2 d + 4) 2**-53 of exact, relatively, and ||x - c||^2 <= 2 (||x - m||^2 + ||c - m||^2);
-that is added too, so that a certified label is the label that the reference distance gives. Every centroid whose score
-less its bound is not above the least of score plus bound stays a candidate. Where one is left, it is certain.
-Everything else, NaN and infinity included, is decided by the reference distance.
+where g = (K + S + 1) v / (1 - (K + S + 1) v) bounds a sum of the bias and K products in any order, of which S partial
+sums are then added (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1, with Cauchy-Schwarz
+for the norms); rows used as stored round nothing, which takes one rho away; 8 u covers the rounding of the bias, of the
+bound itself and of the few additions around it; eta covers underflow. Tensor cores add with truncation, at most 2**-22
+of the largest term for each product (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores",
+PeerJ CS 2021). The reference distance is within (log2 d + 4) 2**-53 of exact, relatively, and ||x - c||^2 <= 2 (||x -
+m||^2 + ||c - m||^2); that is added too, so that a certified label is the label that the reference distance gives. Every
+centroid whose score less its bound is not above the least of score plus bound stays a candidate. Where one is left, it
+is certain. Everything else, NaN and infinity included, is decided by the reference distance.
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ class Frame:
         lift = torch.linalg.vector_norm(self.centre).item() if stored else 0.0
         length = square.sqrt()
         slope = 2 * length * relative + 2 * tiny
-        margin = self.margin(bias, d, square, scale) + 2 * tiny * (tiny + length)
+        # What leaves the range of the operands' type is infinite there: with such a centroid nothing is certain.
+        slope[2 * length * (1 + rho) >= torch.finfo(arithmetic.dtype).max] = math.nan
+        margin = self.margin(bias, d, summing_error(d, arithmetic), square, scale) + 2 * tiny * (tiny + length)
         # Of rows used as stored ||x^|| is up to ||m|| more than ||x - m||; the bias has terms of that size, too.
         margin += slope * lift + d * 2.0**-51 * length * lift
         if dtype == torch.float64 and self.far2 < 2.0**-900:
@@ -175,7 +177,12 @@ class Frame:
         return bounded(centroids, matrix, bias, slope * (scale / self.scale), margin, shift, scale)
 
     def margin(
-        self, bias: torch.Tensor, d: int, square: torch.Tensor | None = None, scale: float | None = None
+        self,
+        bias: torch.Tensor,
+        d: int,
+        summing: float,
+        square: torch.Tensor | None = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
         """The part of the bound that is the same for all rows: float64 (p,), for biases (p,) summed in float64, and for
         ``square`` ||c - m||^2 s^2 (p,), where that is not the bias, in a pass of another scale than the frame's."""
@@ -184,13 +191,19 @@ class Frame:
         far = math.sqrt(self.far2) * (self.scale if scale is None else scale)
         # Products and conversions lose this below the normal range, with the largest value near 1.
         underflow = d * 2.0**-110
-        return 8 * _U * bias.abs() + d * 2.0**-52 * square + 4 * reference * (square + far * far) + underflow
+        rounding = (summing + 8 * _U) * bias.abs() + d * 2.0**-52 * square
+        return rounding + 4 * reference * (square + far * far) + underflow
+
+
+def summing_error(d: int, arithmetic: Arithmetic) -> float:
+    """g: the share of its terms' absolute values that a sum of a bias and d products can lose."""
+    terms = (min(d, SLICE) + math.ceil(d / SLICE) + 1) * arithmetic.adding
+    return terms / (1 - terms)
 
 
 def relative_error(d: int, arithmetic: Arithmetic) -> float:
     """The share of ||x^|| ||c^|| that summing d products can lose, and 8 u for the few operations around it."""
-    terms = (min(d, SLICE) + math.ceil(d / SLICE)) * arithmetic.adding
-    return terms / (1 - terms) * (1 + 4 * arithmetic.rounding) + 8 * _U
+    return summing_error(d, arithmetic) * (1 + 4 * arithmetic.rounding) + 8 * _U
 
 
 def bounded(

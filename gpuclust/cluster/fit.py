@@ -21,7 +21,7 @@ from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.relief import relief
 from gpuclust.cluster.scalable import choose_scalable
 from gpuclust.cluster.seeding import choose_plus_plus, choose_random
-from gpuclust.cluster.source import ChunkSource, chunk_rows, take_rows
+from gpuclust.cluster.source import ChunkSource, take_rows
 from gpuclust.cluster.sums import total
 
 # Bytes for the centroids and sums of the restarts that run together, where no limit is given.
@@ -178,7 +178,8 @@ def fit_kmeans(
             moments,
             group,
             shares,
-            lambda restarts: chunk_rows(restarts * k, d, device, memory_limit),
+            lambda restarts: runner.chunk_rows(restarts, k, d, device, memory_limit),
+            budget,
             max_iter=max_iter,
             tol=tol * moments.spread / (n * d),
             precision=precision,

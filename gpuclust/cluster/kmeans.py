@@ -68,9 +68,9 @@ class KMeans(ScikitLearn):
         is an error.
     precision : {"exact", "fast"}
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
-        the lowest index. "fast": the nearest by float32 arithmetic, unchecked.
+        the lowest index. "fast": the nearest by the backend's arithmetic (float32; triton's is float16), unchecked.
     solver : {"auto", "primal"}
-    backend : {"auto", "torch", "cuml"}
+    backend : {"auto", "cupy", "triton", "torch", "cuml"}
         "cuml": the fit is that of RAPIDS' cuML, with its own convergence and rounding; labels are then not exact, and
         ``fit_report_.notes`` says what differs. "auto" never takes it.
     device : str, torch.device or None

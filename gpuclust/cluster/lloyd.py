@@ -99,6 +99,8 @@ class Lloyd:
     weights : Weights or None
     chunk_rows : Callable[[int], int]
         Rows of a chunk for a number of active restarts. The result does not depend on it.
+    budget_bytes : int
+        For what may be kept to save time. The result does not depend on it.
     max_iter : int
     tol : float
         Movement of the centroids (as in ``Solution.shifts``) at which a restart ends.
@@ -117,6 +119,7 @@ class Lloyd:
         group: Group,
         weights: Weights | None,
         chunk_rows: Callable[[int], int],
+        budget_bytes: int,
         *,
         max_iter: int,
         tol: float,
@@ -131,7 +134,7 @@ class Lloyd:
         self.max_iter, self.tol, self.precision = max_iter, tol, precision
         self.norms = moments.frame.norms(moments.dist2)
         self.work = Work()
-        self.sketches = Sketches(backend, source, moments, self.norms)
+        self.sketches = Sketches(backend, source, moments, self.norms, budget_bytes // 4)
 
     def run(self, centroids: torch.Tensor) -> list[Solution]:
         """Iterate from ``centroids`` (r, k, d), which are overwritten, to a solution per restart."""

@@ -9,7 +9,7 @@ import torch
 from gpuclust.cluster.backends.base import Backend
 from gpuclust.cluster.exact import Frame, reference_dist2
 from gpuclust.cluster.moments import centroid_dtype, largest_per_column
-from gpuclust.cluster.source import ChunkSource, block_rows, chunk_rows
+from gpuclust.cluster.source import ChunkSource, block_rows
 
 # Below this share of the squared norms, a distance by products has lost too much to cancellation.
 _CANCELLED = 2.0**-20
@@ -32,14 +32,24 @@ def nearest(
     n, d = source.shape
     labels = torch.empty(1, n, dtype=torch.int32, device=source.device)
     centre = centroids.double().mean(0).to(centroid_dtype(source.dtype)).double()
-    for start, x in source.chunks(chunk_rows(len(centroids), d, source.device, memory_limit)):
+    for start, x in source.chunks(backend.chunk_rows(1, len(centroids), d, source.device, memory_limit)):
         largest = largest_per_column(x, start).amax().item()
-        dist2 = reference_dist2(x, centre)
+        dist2 = _far2(x, centre)
         frame = Frame.of(source.dtype, centre, largest, dist2.mean().item(), dist2.amax().item())
         found = labels[:, start : start + x.shape[0]]
         operand = backend.prepare(frame, centroids[None], source.dtype)
         backend.assign(x, frame.norms(dist2), operand, found, precision)
     return labels[0]
+
+
+def _far2(x: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Upper bounds of the squared distances of rows (b, d) to one point: float64 (b,), a little above them."""
+    dist2 = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
+    size = block_rows(x.shape[1], x.device)
+    for start in range(0, x.shape[0], size):
+        away = x[start : start + size] - centre
+        dist2[start : start + size] = torch.linalg.vecdot(away, away)
+    return dist2.mul_(1 + (x.shape[1] + 4) * 2.0**-52)
 
 
 def dist2_to_all(source: ChunkSource, centroids: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

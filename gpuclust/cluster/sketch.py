@@ -24,16 +24,16 @@ import torch
 
 from gpuclust.cluster.backends.base import Backend, Operand
 from gpuclust.cluster.backends.torch import propose
-from gpuclust.cluster.exact import FLOAT32, bounded, relative_error
+from gpuclust.cluster.exact import FLOAT32, bounded, relative_error, summing_error
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.source import ChunkSource, block_rows, piece_rows, tile_rows, tiles
 
 # Below so many values of X a pass costs less than the care for a sketch; with fewer rows, the centroids' own sketch.
 _LEAST_VALUES, _LEAST_ROWS = 1 << 20, 1 << 12
 # Dimensions of a sketch at most, and the share of d that they may be.
-_MOST, _SHARE = 64, 8
-# Values of the centroids in float64 that finding a basis may take.
-_MOST_VALUES = 1 << 26
+_MOST, _SHARE = 64, 12
+# Fewer dimensions are not worth a pass.
+_FEWEST = 4
 # Rows on which a sketch is tried, and the part of a pass's price that it may cost.
 _SAMPLE, _WORTH = 512, 0.4
 # Passes before the first sketch: until then the centroids move too far.
@@ -43,11 +43,11 @@ _FLOOR = 2.0**-4
 
 
 class Sketch:
-    """Rows in the space of some centroids (r, k, d)."""
+    """Rows in the space, of ``most`` dimensions or fewer, of some centroids (r, k, d)."""
 
-    def __init__(self, source: ChunkSource, moments: Moments, centroids: torch.Tensor) -> None:
+    def __init__(self, source: ChunkSource, moments: Moments, centroids: torch.Tensor, most: int) -> None:
         self.source, self.moments, self.frame = source, moments, moments.frame
-        self.basis = self._basis(centroids)
+        self.basis = self._basis(centroids, most)
         d, m = self.basis.shape
         product = self.basis.t() @ self.basis
         product.diagonal().sub_(1)
@@ -86,11 +86,10 @@ class Sketch:
         """Values (p, w) of a span of the features as float64, centred and scaled."""
         return (values.double() - self.frame.centre[span]).mul_(self.frame.scale)
 
-    def _basis(self, centroids: torch.Tensor) -> torch.Tensor:
+    def _basis(self, centroids: torch.Tensor, most: int) -> torch.Tensor:
         moved = self._moved(centroids.flatten(0, 1))
         vectors = torch.linalg.eigh(moved @ moved.t()).eigenvectors
-        m = min(len(moved), _MOST, moved.shape[1] // _SHARE)
-        leading = moved.t() @ vectors[:, -m:]
+        leading = moved.t() @ vectors[:, -most:]
         return torch.linalg.qr(leading / torch.linalg.vector_norm(leading, dim=0).clamp(min=2.0**-500)).Q
 
     def operand(self, centroids: torch.Tensor) -> Operand:
@@ -109,21 +108,26 @@ class Sketch:
         length = square.sqrt()
         rounding = relative_error(z.shape[1], FLOAT32) + 4 * FLOAT32.rounding + 2 * self.error
         slope = 2 * (left + length * (self.error + rounding / _FLOOR))
-        return bounded(centroids, (z * -2.0).float(), square, slope, self.frame.margin(square, flat.shape[1]))
+        margin = self.frame.margin(square, flat.shape[1], summing_error(z.shape[1], FLOAT32))
+        return bounded(centroids, (z * -2.0).float(), square, slope, margin)
 
 
 class Sketches:
     """When a sketch is made, used, made anew, and done without; times are in passes over all rows and centroids."""
 
-    def __init__(self, backend: Backend, source: ChunkSource, moments: Moments, norms: torch.Tensor) -> None:
+    def __init__(
+        self, backend: Backend, source: ChunkSource, moments: Moments, norms: torch.Tensor, budget_bytes: int
+    ) -> None:
         self.backend, self.source, self.moments, self.norms = backend, source, moments, norms
+        self.budget_bytes = budget_bytes
         n, d = source.shape
+        self.most = min(_MOST, d // _SHARE, budget_bytes // (4 * n) - 1)
         self.possible = (
             source.device.type == "cpu"
             and source.resident
             and n * d >= _LEAST_VALUES
             and n >= _LEAST_ROWS
-            and d >= 8 * _SHARE
+            and self.most >= _FEWEST
             and moments.frame.far2 >= 2.0**-900
         )
         self.restart()
@@ -139,13 +143,13 @@ class Sketches:
         else None."""
         centroids = operand.centroids
         self.passes += 1
-        if not self.possible or centroids.numel() > _MOST_VALUES or self.passes <= self.start:
+        if not self.possible or self.passes <= self.start or 16 * centroids.numel() > self.budget_bytes:
             return None
         # A row read alone costs more than its share of a pass that serves all restarts at once.
         clusters = len(operand.matrix)
         price = 1 + 3 * min(1.0, clusters / 100)
         if self.sketch is None:
-            sketch = Sketch(self.source, self.moments, centroids)
+            sketch = Sketch(self.source, self.moments, centroids, self.most)
             if price * sketch.open_share(sketch.operand(centroids)) > _WORTH:
                 self.start, self.wait = self.passes + self.wait, 2 * self.wait
                 return None

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from gpuclust.cluster.backends.base import Backend, Problem
 from gpuclust.errors import UnavailableError
 
-# Known by name and not part of this version: asked for, they are an error; ``auto`` records why they did not run.
-_NOT_YET = {name: f"gpuclust has no {name} backend in this version" for name in ("cupy", "triton")}
 ORDER = ("cupy", "triton", "torch")
 
 
+@cache
 def _backends() -> dict[str, Backend]:
     from gpuclust.cluster.backends.cuml import CumlBackend
+    from gpuclust.cluster.backends.cupy import CupyBackend
     from gpuclust.cluster.backends.torch import TorchBackend
+    from gpuclust.cluster.backends.triton import TritonBackend
 
-    return {"torch": TorchBackend(), "cuml": CumlBackend()}
+    return {
+        "cupy": CupyBackend(),
+        "triton": TritonBackend(),
+        "torch": TorchBackend(),
+        "cuml": CumlBackend(),
+    }
 
 
 def survey() -> dict[str, str | None]:
     """Every backend's name with None if it can run on this machine, else the reason why not."""
-    return {**_NOT_YET, **{name: backend.unavailable() for name, backend in _backends().items()}}
+    return {name: backend.unavailable() for name, backend in _backends().items()}
 
 
 def choose(name: str, problem: Problem) -> tuple[Backend, dict[str, str]]:
@@ -34,13 +42,14 @@ def choose(name: str, problem: Problem) -> tuple[Backend, dict[str, str]]:
     rejected: dict[str, str] = {}
     for candidate in ORDER if name == "auto" else (name,):
         backend = backends.get(candidate)
-        reason = (
-            _NOT_YET.get(candidate, f"there is no backend of that name; there are {', '.join(ORDER)} and cuml")
-            if backend is None
-            else backend.unavailable() or backend.supports(problem)
-        )
-        if backend is not None and reason is None:
+        if backend is None:
+            rejected[candidate] = f"there is no backend of that name; there are {', '.join(backends)}"
+            continue
+        reason = backend.unavailable() or backend.supports(problem)
+        if reason is None and name == "auto":
+            reason = backend.reserved(problem)
+        if reason is None:
             return backend, rejected
-        rejected[candidate] = str(reason)
+        rejected[candidate] = reason
     reasons = "; ".join(f"{key}: {reason}" for key, reason in rejected.items())
     raise UnavailableError(f"backend {name!r} cannot run here ({reasons}); use backend='auto' or 'torch'")

@@ -92,6 +92,14 @@ class Backend(Protocol):
         """None if the backend can solve ``problem`` here, else the reason why not."""
         ...
 
+    def reserved(self, problem: Problem) -> str | None:
+        """None if ``auto`` may take the backend for ``problem``, else why it runs only when asked for by name."""
+        ...
+
+    def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+        """Rows of a chunk for ``r`` active restarts; no result depends on it."""
+        ...
+
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:
         """The centroids (r, k, d) for passes over rows of ``dtype``, in the arithmetic that the backend computes in."""
         ...

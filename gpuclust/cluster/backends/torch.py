@@ -15,7 +15,7 @@ import torch
 
 from gpuclust.cluster.backends.base import SLICE, Candidates, Operand, Problem
 from gpuclust.cluster.exact import Frame, decide
-from gpuclust.cluster.source import piece_rows, tile_rows, tiles
+from gpuclust.cluster.source import chunk_rows, piece_rows, tile_rows, tiles
 from gpuclust.cluster.sums import Grid
 
 # Adding a row to a sum takes as long as that many rows times one column of a product with the matrix of memberships.
@@ -34,6 +34,12 @@ class TorchBackend:
 
     def supports(self, problem: Problem) -> str | None:
         return f"device {problem.device.type} has no float64" if problem.device.type in ("mps", "xla") else None
+
+    def reserved(self, problem: Problem) -> str | None:
+        return None
+
+    def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+        return chunk_rows(r * k, d, device, memory_limit)
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:
         return frame.operand(centroids, dtype)
@@ -124,9 +130,8 @@ def propose(x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torc
     some = scores[restart, :, row]
     bound = slope[restart, :, 0] * norms[row, None] + margin[restart, :, 0]
     possible = (some - bound > (some + bound).amin(1, keepdim=True)).logical_not_()
-    single = possible.sum(1) == 1
-    labels[restart, row] = possible.byte().argmax(1).to(labels.dtype)
-    which, centroid = possible.logical_and_(~single[:, None]).nonzero(as_tuple=True)
+    # Where one is left it is the one of the least score.
+    which, centroid = possible.logical_and_((possible.sum(1) != 1)[:, None]).nonzero(as_tuple=True)
     return Candidates(row[which], restart[which], centroid)
 
 

@@ -1,0 +1,138 @@
+"""gpuclust as one more adapter: each backend, and the dual solver. What touches its inside is `update` and `seed`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpuclust.arithmetic import full_precision
+from gpuclust.bench.case import Case
+from gpuclust.bench.peers import OPS, Found, Peer, Stored, Work
+from gpuclust.cluster import KMeans
+from gpuclust.cluster.backends import choose, survey
+from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.draws import RandomBits
+from gpuclust.cluster.moments import Moments
+from gpuclust.cluster.seeding import choose_plus_plus
+from gpuclust.cluster.source import TensorSource, chunk_rows
+from gpuclust.errors import InputError, first_line
+
+_SEED_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
+# Whole fits of another library, outside the promise of exact labels.
+_FOREIGN = ("cuml",)
+
+
+class Ours(Peer):
+    """gpuclust's KMeans, exact, with one backend and solver."""
+
+    distributions = ("gpuclust",)
+
+    def __init__(self, backend: str, solver: str = "auto", x_at: str = "device") -> None:
+        self.backend, self.solver, self.x_at = backend, solver, x_at
+        self.name = f"gpuclust {solver if solver == 'dual' else backend}"
+        self.exact = backend not in _FOREIGN
+        # Of rows on the host, and of another solver, the steps are those of the first.
+        self.ops = ("iteration", "fit") if solver == "dual" else ("assign", "fit") if x_at == "host" else OPS
+        self.note = "rows in pageable memory of the host" if x_at == "host" else ""
+        self._device: torch.device | None = None
+
+    def version(self) -> str:
+        from gpuclust import __version__
+
+        return __version__
+
+    def unavailable(self, device: torch.device) -> str | None:
+        self._device = device
+        reason = survey().get(self.backend) if self.backend != "auto" else None
+        if reason:
+            return reason
+        try:
+            self._model(1, max_iter=1).fit(torch.arange(2.0, device=device)[:, None])
+        except InputError as error:
+            return first_line(error)
+        return None
+
+    def refuses(self, case: Case, device: torch.device) -> str | None:
+        try:
+            choose(self.backend, Problem(case.n, case.d, case.k, case.torch_dtype, device, False, case.n_init))
+        except InputError as error:
+            return first_line(error)
+        return None
+
+    def fit(self, rows: Stored, starts: torch.Tensor, iterations: int) -> Work:
+        x = rows.x if self.x_at == "device" else rows.host
+
+        def call() -> KMeans:
+            given = iter(starts)
+            restarts: dict[str, Any] = {"init": starts[0], "n_init": 1}
+            if len(starts) > 1:
+                restarts = {"init": lambda *_, **__: next(given), "n_init": len(starts)}
+            return self._model(starts.shape[1], max_iter=iterations, **restarts).fit(x)
+
+        return Work(call, lambda model: [_read(model)])
+
+    def assign(self, rows: Stored, start: torch.Tensor) -> Work:
+        x = rows.x if self.x_at == "device" else rows.host
+        model = self._model(len(start))
+        model.cluster_centers_, model.n_features_in_ = start, start.shape[1]
+        return Work(lambda: model.predict(x), lambda labels: [Found(labels=labels)])
+
+    def update(self, rows: Stored, labels: torch.Tensor, start: torch.Tensor) -> Work | None:
+        if not self.exact:
+            return None
+        (n, d), k, device = rows.x.shape, len(start), rows.x.device
+        source = TensorSource(rows.x)
+        backend, _ = choose(self.backend, Problem(n, d, k, rows.x.dtype, device))
+        with full_precision(device):
+            grid = Moments.of(source).grid
+        plus = labels.to(torch.int32)[None].contiguous()
+
+        def call() -> torch.Tensor:
+            sums = torch.zeros(grid.levels, 1, k, d, dtype=torch.float64, device=device)
+            counts = torch.zeros(1, k, dtype=torch.float64, device=device)
+            with full_precision(device):
+                for first, x in source.chunks(chunk_rows(k, d, device)):
+                    part = plus[:, first : first + x.shape[0]]
+                    backend.accumulate(x, None, grid, part, None, sums, counts)
+                means = (sums.sum(0)[0] / counts[0][:, None]).to(start.dtype)
+                return torch.where(counts[0][:, None] > 0, means, start)
+
+        return Work(call, lambda centroids: [Found(centroids)])
+
+    def seed(self, rows: Stored, k: int, seed: int) -> Work | None:
+        if not self.exact:
+            return None
+        source, device = TensorSource(rows.x), rows.x.device
+        with full_precision(device):
+            moments = Moments.of(source)
+
+        def call() -> torch.Tensor:
+            with full_precision(device):
+                budget = _SEED_BYTES.get(device.type, 512 << 20)
+                (chosen,) = choose_plus_plus(source, moments, k, [RandomBits(seed, 0)], None, budget)
+                return source.take(torch.as_tensor(chosen, device=device))
+
+        return Work(call, lambda centroids: [Found(centroids)])
+
+    def _model(self, k: int, **parameters: Any) -> KMeans:
+        return KMeans(
+            k, tol=0.0, backend=self.backend, solver=self.solver, device=self._device, random_state=0, **parameters
+        )
+
+
+def our_backends(device: torch.device) -> list[Peer]:
+    """gpuclust's adapters: the one that ``auto`` takes first, then every other, and rows of the host on a GPU."""
+    known = survey()
+    chosen = choose("auto", Problem(1 << 20, 128, 256, torch.float32, device))[0].name
+    names = [chosen, *(name for name in known if name != chosen)]
+    adapters: list[Peer] = [Ours(name) for name in names]
+    adapters.append(Ours("auto", "dual"))
+    if device.type == "cuda":
+        adapters.append(Ours(chosen, x_at="host"))
+    return adapters
+
+
+def _read(model: KMeans) -> Found:
+    report = model.fit_report_
+    return Found(report.centroids, report.labels, report.n_iter, report.recheck_share)

@@ -1,0 +1,295 @@
+"""The CuPy backend: CUDA C++ kernels on NVIDIA GPUs from compute capability 8.0.
+
+Three looks, each at fewer rows: float16 on the tensor cores (``assign.cu``; for wide rows torch's matrix product and
+``select.cu``), float32 (``rescore.cu``), the reference distance (``decide.cu``). What a look leaves open stands in a
+list on the device, whose length the host never asks for: nothing waits in a pass. torch allocates every buffer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from gpuclust.cluster.backends.base import SLICE, Operand, Problem
+from gpuclust.cluster.exact import FLOAT16, Frame
+from gpuclust.cluster.source import chunk_rows
+from gpuclust.cluster.sums import Grid
+from gpuclust.kernels.launch import Launcher
+
+_ROW = {torch.float16: "Float16", torch.bfloat16: "BFloat16", torch.float32: "float", torch.float64: "double"}
+# As in the kernels' files.
+_DEPTH, _STAGES, _OWNERS = 32, 4, 128
+_THREADS, _ROWS_ACCUMULATED, _WARPS = 256, 64, 8
+# Bytes of products that stay in the cache between the matrix product and `select`.
+_PRODUCT_BYTES = 24 << 20
+# Shared memory for the sums of the first pass: two blocks of a multiprocessor.
+_SUMS_BYTES = 80 << 10
+# Blocks side by side over the features, at most (the second dimension of a grid).
+_MOST_SPANS = 65535
+_Lists = tuple[torch.Tensor | None, torch.Tensor | None]
+_UNPROVED = "auto takes it once a committed GPU row shows its contract test passing"
+
+
+@dataclass(frozen=True)
+class Looks(Operand):
+    """The float16 operand, as the kernels read it, and the float32 one.
+
+    Attributes
+    ----------
+    padded : float16 (r, k', w)
+        ``matrix`` with zeros up to whole tiles of ``columns`` centroids and of features; (r, k, w) for wide rows.
+    terms : float32 (r, k', 2)
+        ``low`` and ``slope``; of what is no centroid infinity and 0.
+    reach : float32 (r, k')
+        ``high`` less ``low``.
+    columns : int
+        Centroids of a tile of ``assign.cu``.
+    block_rows : int
+        Rows of a tile; 0 for wide rows.
+    finer : Operand
+        In float32, for the rows that float16 leaves open.
+    """
+
+    padded: torch.Tensor
+    terms: torch.Tensor
+    reach: torch.Tensor
+    columns: int
+    block_rows: int
+    finer: Operand
+
+
+class CupyBackend:
+    """k-means steps as CUDA kernels.
+
+    Parameters
+    ----------
+    launcher : callable
+        What launches them; see `gpuclust.kernels.launch.Launcher`.
+    """
+
+    name = "cupy"
+
+    def __init__(self, launcher: Any = None) -> None:
+        self.launch = launcher or _launcher()
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("cupy") is None:
+            return "cupy is not installed (pip install 'gpuclust[cupy]')"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        if torch.version.cuda is None:
+            return "this torch is not built for NVIDIA's CUDA"
+        best = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        if best < (8, 0):
+            return f"its kernels need compute capability 8.0; this machine has {best[0]}.{best[1]}"
+        return None
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.device.type != "cuda":
+            return f"its kernels run on CUDA devices; X is on {problem.device.type}"
+        capability = torch.cuda.get_device_capability(problem.device)
+        if capability < (8, 0):
+            return f"its kernels need compute capability 8.0; {problem.device} has {capability[0]}.{capability[1]}"
+        if max(problem.d, problem.k) >= 2**31:
+            return f"its kernels take fewer than 2**31 features and clusters; got d={problem.d}, k={problem.k}"
+        return None
+
+    def reserved(self, problem: Problem) -> str | None:
+        return _UNPROVED
+
+    def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+        """Rows of a chunk: where no scores are stored, the lists of open rows (12 bytes each) set them."""
+        if self._tile(k, d, device)[1]:
+            return chunk_rows(4 * r, d, device, memory_limit)
+        return chunk_rows(r * k, d, device, memory_limit)
+
+    def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Looks:
+        operand, finer = frame.operand(centroids, dtype, FLOAT16), frame.operand(centroids, dtype)
+        r, k, d = centroids.shape
+        columns, block_rows = self._tile(k, d, centroids.device)
+        rows, width = (_up(k, columns), _up(d, _DEPTH)) if block_rows else (k, _up(d, 8))
+        padded = operand.matrix.new_zeros(r, rows, width)
+        padded[:, :k, :d] = operand.matrix.view(r, k, d)
+        terms = operand.low.new_zeros(r, rows, 2)
+        terms[:, k:, 0] = math.inf
+        terms[:, :k] = torch.cat([operand.low, operand.slope], 1).view(r, k, 2)
+        reach = operand.low.new_zeros(r, rows)
+        reach[:, :k] = (operand.high - operand.low).view(r, k)
+        own = {field.name: getattr(operand, field.name) for field in fields(Operand)}
+        return Looks(
+            **own,
+            padded=padded,
+            terms=terms,
+            reach=reach,
+            columns=columns,
+            block_rows=block_rows,
+            finer=finer,
+        )
+
+    def assign(
+        self, x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor, precision: str
+    ) -> torch.Tensor:
+        assert isinstance(operand, Looks)
+        assert labels.stride(1) == 1
+        assert norms.is_contiguous()
+        r, k, _ = operand.centroids.shape
+        n, device = x.shape[0], x.device
+        counts = torch.zeros(2, r, dtype=torch.int32, device=device)
+        open_, left = labels.new_empty(2, r, n)
+        upper = torch.empty(r, n, dtype=torch.float32, device=device)
+        look = self._assign if operand.block_rows else self._multiply
+        if precision == "fast":  # the least score, without bounds
+            scores = torch.stack([operand.terms[..., 0] + operand.reach / 2, torch.zeros_like(operand.reach)], 2)
+            look(x, norms, replace(operand, terms=scores), labels, (None, None))
+            return torch.zeros((), dtype=torch.int64, device=device)
+        look(x, norms, operand, labels, (counts[0], open_))
+
+        fine = operand.finer
+        shared = (fine.shift, fine.scale, norms, fine.matrix, fine.low, fine.slope)
+        lists_left = (counts[1], left, upper)
+        for kernel, argument, lists_ in (
+            ("rescore", fine.high - fine.low, (counts[0], open_, *lists_left)),
+            ("decide", operand.centroids.contiguous(), lists_left),
+        ):
+            self.launch(
+                device, f"{kernel}.cu", self._options(x), kernel, (self.launch.blocks(device), 1), _THREADS, 0,
+                *_rows(x), *shared, argument, k, r, labels, labels.stride(0), *lists_,
+            )  # fmt: skip
+        return counts[1].sum()
+
+    def accumulate(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor | None,
+        grid: Grid,
+        plus: torch.Tensor,
+        minus: torch.Tensor | None,
+        sums: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        levels, r, k, d = sums.shape
+        n, device, options = x.shape[0], x.device, self._options(x)
+        assert sums.stride()[2:] == (d, 1)
+        assert counts.is_contiguous()
+        assert plus.stride(1) == 1
+        assert minus is None or minus.stride(1) == 1
+        assert weights is None or weights.is_contiguous()
+        labels = (plus, plus.stride(0), minus, 0 if minus is None else minus.stride(0))
+        self.launch(
+            device, "accumulate.cu", options, "count", (_blocks(n, _THREADS), r), _THREADS, 0, n, *labels, k, counts
+        )
+        magic = torch.stack(grid.magic)
+        shared_bytes = levels * k * _OWNERS * 8
+        if minus is None and shared_bytes <= _SUMS_BYTES:
+            spans = min(_blocks(d, _OWNERS), _MOST_SPANS)
+            rows = max(_ROWS_ACCUMULATED, _blocks(n, _blocks(8 * self.launch.blocks(device), spans)))
+            for restart in range(r):
+                self.launch(
+                    device, "accumulate.cu", options, "first", (_blocks(n, rows), spans), _OWNERS, shared_bytes,
+                    *_rows(x), weights, magic, levels, plus[restart], k, rows, sums[:, restart], sums.stride(0),
+                )  # fmt: skip
+            return
+        blocks = _blocks(n, _ROWS_ACCUMULATED), min(_blocks(d, _THREADS), _MOST_SPANS)
+        self.launch(
+            device, "accumulate.cu", options, "accumulate", blocks, _THREADS, 0,
+            *_rows(x), weights, magic, levels, *labels, k, r, sums, sums.stride(0), sums.stride(1),
+        )  # fmt: skip
+
+    def _assign(
+        self, x: torch.Tensor, norms: torch.Tensor, operand: Looks, labels: torch.Tensor, lists: _Lists
+    ) -> None:
+        """The first look: product and argmin in one kernel."""
+        r, k, _ = operand.centroids.shape
+        width, warps, rows = operand.padded.shape[2], _warps(operand.columns), operand.block_rows
+        tile = f"-DBLOCK_ROWS={rows}", f"-DWARPS={warps}", f"-DTILES={operand.columns // (8 * warps)}"
+        self.launch(
+            x.device, "assign.cu", (*self._options(x), *tile), "assign", (_blocks(x.shape[0], rows), 1), rows * warps,
+            _shared_bytes(rows, operand.columns, width), *_rows(x), operand.shift, operand.scale, norms,
+            operand.padded, width, operand.terms, operand.reach, k, r, labels, labels.stride(0), *lists,
+        )  # fmt: skip
+
+    def _multiply(
+        self, x: torch.Tensor, norms: torch.Tensor, operand: Looks, labels: torch.Tensor, lists: _Lists
+    ) -> None:
+        """The first look at wide rows: slices of features as float16, torch's product, and `select`."""
+        r, k, d = operand.centroids.shape
+        n, device, options = x.shape[0], x.device, self._options(x)
+        matrix = operand.padded.view(r * k, -1)
+        low, slope = operand.terms.movedim(2, 0).contiguous()
+        assert operand.shift is not None
+        size = max(16, _PRODUCT_BYTES // (4 * r * k))
+        for first in range(0, n, size):
+            part = x[first : first + size]
+            rows = part.shape[0]
+            products: torch.Tensor | None = None
+            for start in range(0, d, SLICE):
+                some = part[:, start : start + SLICE]
+                width = min(SLICE, matrix.shape[1] - start)
+                seen = torch.empty(rows, width, dtype=torch.float16, device=device)
+                self.launch(
+                    device, "select.cu", options, "convert", (_blocks(rows * width, 8 * _THREADS), 1), _THREADS, 0,
+                    *_rows(some), operand.shift[start:], operand.scale, width, seen,
+                )  # fmt: skip
+                product = multiplied(seen, matrix[:, start : start + width].t())
+                products = product if products is None else products.add_(product)
+            self.launch(
+                device, "select.cu", options, "select", (_blocks(rows, _WARPS), 1), _THREADS, 0,
+                products, rows, norms[first:], low, slope, operand.reach, k, r,
+                labels[:, first:], labels.stride(0), *lists, n, first,
+            )  # fmt: skip
+
+    def _tile(self, k: int, d: int, device: torch.device) -> tuple[int, int]:
+        """Centroids and rows of a tile of ``assign.cu``; no rows where the features do not fit shared memory."""
+        columns = 32 if k <= 32 else 64 if k <= 64 else 128
+        width, most = _up(d, _DEPTH), self.launch.shared_memory_bytes(device) - (8 << 10)
+        for rows in (128, 64):
+            if d <= SLICE and _shared_bytes(rows, columns, width) <= most:
+                return columns, rows
+        return columns, 0
+
+    @staticmethod
+    def _options(x: torch.Tensor) -> tuple[str, ...]:
+        return (f"-DROW={_ROW[x.dtype]}",)
+
+
+@cache
+def _launcher() -> Launcher:
+    """One for all fits: it keeps the kernels that it loaded."""
+    return Launcher()
+
+
+def multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product of float16 matrices, summed and returned in float32."""
+    matmul: Any = torch.backends.cuda.matmul
+    reduced = matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = reduced
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
+    return x, x.shape[0], x.shape[1], x.stride(0), x.stride(1)
+
+
+def _warps(columns: int) -> int:
+    """Warps side by side: each has 64 centroids at most."""
+    return 2 if columns == 128 else 1
+
+
+def _shared_bytes(rows: int, columns: int, width: int) -> int:
+    return 2 * (rows * (width + 8) + _STAGES * columns * (_DEPTH + 8))
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _blocks(values: int, size: int) -> int:
+    return -(-values // size)

@@ -1,0 +1,70 @@
+// Rows as they are stored, and as a pass sees them: x^ = (x - m) s, rounded once in the type of the pass.
+#pragma once
+#include "device.cuh"
+
+// What a type of rows is centred in; also the type of its centroids (gpuclust.cluster.moments.centroid_dtype).
+template <class T>
+struct Pass {
+  typedef float type;
+  static __device__ __forceinline__ float of(T value) { return to_float(value); }
+};
+template <>
+struct Pass<double> {
+  typedef double type;
+  static __device__ __forceinline__ double of(double value) { return value; }
+};
+
+typedef Pass<ROW>::type Wide;
+
+// Rows (n, d) of any strides, in elements.
+struct Rows {
+  const ROW* first;
+  int64 n, d, row_stride, column_stride;
+
+  __device__ __forceinline__ const ROW* at(int64 row, int64 column) const {
+    return first + row * row_stride + column * column_stride;
+  }
+  // Whether 8 features from `column` on, a multiple of 8, can be read 16 bytes at a time.
+  __device__ __forceinline__ bool aligned() const {
+    return column_stride == 1 && (row_stride * (int64)sizeof(ROW)) % 16 == 0 && (unsigned long long)first % 16 == 0;
+  }
+};
+
+// m s and s; where `shift` is null, rows are used as they are stored.
+struct Frame {
+  const Wide* shift;
+  Wide scale;
+
+  __device__ __forceinline__ float seen(ROW value, int64 column) const {
+    const Wide wide = Pass<ROW>::of(value);
+    return shift ? (float)(wide * scale - shift[column]) : (float)wide;
+  }
+};
+
+union Packed {
+  Float16 halves[8];
+  uint4 words;
+};
+
+// Features column to column + 7 of a row as the tensor cores take them; zero beyond the last row and feature.
+__device__ __forceinline__ uint4 seen_8(const Rows& x, const Frame& frame, int64 row, int64 column, bool aligned) {
+  Packed out;
+  if (row < x.n && aligned && column + 8 <= x.d) {
+    union {
+      ROW values[8];
+      uint4 words[sizeof(ROW) / 2];
+    } in;
+    const uint4* source = reinterpret_cast<const uint4*>(x.at(row, column));
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(ROW) / 2; ++i) in.words[i] = source[i];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out.halves[i] = to_float16(frame.seen(in.values[i], column + i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const bool there = row < x.n && column + i < x.d;
+      out.halves[i] = to_float16(there ? frame.seen(*x.at(row, column + i), column + i) : 0.0f);
+    }
+  }
+  return out.words;
+}

@@ -1,0 +1,47 @@
+// For wide rows: torch multiplies matrices, these two kernels do what is before and after it.
+//
+// `convert` centres, scales and rounds a slice of the features to float16, 8 features a thread. `select` reads a chunk of
+// products (n, r k) that is still in the cache: a warp per row, its lanes across the centroids of a restart, keeps the
+// two least lower ends and labels the row or adds it to the list of open rows, as assign.cu does at the end of its tile.
+#include "best.cuh"
+#include "rows.cuh"
+
+constexpr int THREADS = 256;
+
+extern "C" __global__ void __launch_bounds__(THREADS) convert(
+    const ROW* first, int64 n, int64 d, int64 row_stride, int64 column_stride, const Wide* shift, double scale,
+    int64 width, uint4* out) {
+  const Rows x = {first, n, d, row_stride, column_stride};
+  const Frame frame = {shift, (Wide)scale};
+  const bool aligned = x.aligned();
+  const int64 eighths = width / 8, step = (int64)gridDim.x * THREADS;
+  for (int64 i = (int64)blockIdx.x * THREADS + threadIdx.x; i < n * eighths; i += step) {
+    out[i] = seen_8(x, frame, i / eighths, i % eighths * 8, aligned);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) select(
+    const float* products, int64 n, const float* norms, const float* low, const float* slope, const float* reach,
+    int64 k, int64 r, int* labels, int64 label_stride, int* open_count, int* open_rows, int64 open_stride,
+    int64 row_of_first) {
+  const int lane = threadIdx.x % 32;
+  const int64 row = (int64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+  if (row >= n) return;
+  const float norm = norms[row];
+  for (int64 restart = 0; restart < r; ++restart) {
+    const float* product = products + (row * r + restart) * k;
+    const int64 at = restart * k;
+    Best best;
+    best.clear();
+#pragma unroll 4
+    for (int64 j = lane; j < k; j += 32) best.take(lower_end(product[j], low[at + j], slope[at + j], norm), (int)j);
+    best.merge_lanes(1, 32);
+    if (lane == 0) {
+      labels[restart * label_stride + row] = best.index;
+      const float upper = best.upper(reach[at + best.index], slope[at + best.index], norm);
+      if (open_count && !best.certain(upper)) {
+        Open{open_count, open_rows, nullptr, open_stride}.add(restart, (int)(row_of_first + row), upper);
+      }
+    }
+  }
+}

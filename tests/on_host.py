@@ -1,0 +1,96 @@
+"""Kernels of kernels/cuda run by a processor: compiled with g++ against tests/on_host.hpp, thread for thread."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpuclust.kernels import cuda_folder
+
+HERE = Path(__file__).parent
+_LAUNCH = """
+static void call_KERNEL(void** given) { on_host::launcher(kernel_KERNEL, given); }
+extern "C" int launch_KERNEL(unsigned x, unsigned y, unsigned threads, unsigned bytes, unsigned falling, void** given) {
+  on_host::launch(call_KERNEL, x, y, threads, bytes, falling, given);
+  return on_host::argument_count(kernel_KERNEL);
+}
+"""
+
+
+class HostLauncher:
+    """In place of `gpuclust.kernels.launch.Launcher`: the same calls, for tensors in the host's memory.
+
+    Parameters
+    ----------
+    shared_bytes : int
+        Shared memory of a block.
+    falling : bool
+        Whether the threads run in falling order: what is right only in one order lacks a barrier.
+    """
+
+    def __init__(self, shared_bytes: int = 163 << 10, falling: bool = False) -> None:
+        self.shared_bytes, self.falling = shared_bytes, falling
+        self.launched: list[str] = []
+
+    def shared_memory_bytes(self, device: torch.device) -> int:
+        return self.shared_bytes
+
+    def blocks(self, device: torch.device) -> int:
+        return 3
+
+    def __call__(
+        self,
+        device: torch.device,
+        file: str,
+        options: tuple[str, ...],
+        kernel: str,
+        grid: tuple[int, int],
+        threads: int,
+        shared_bytes: int,
+        *arguments: torch.Tensor | int | float | None,
+    ) -> None:
+        assert shared_bytes <= self.shared_bytes
+        assert all(argument.device.type == "cpu" for argument in arguments if isinstance(argument, torch.Tensor))
+        self.launched.append(kernel)
+        values: list[Any] = [
+            ctypes.c_double(argument)
+            if isinstance(argument, float)
+            else ctypes.c_longlong(argument.data_ptr() if isinstance(argument, torch.Tensor) else argument or 0)
+            for argument in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        launch = getattr(library(file, options), f"launch_{kernel}")
+        assert launch(*map(ctypes.c_uint, (*grid, threads, shared_bytes, self.falling)), pointers) == len(values)
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+@cache
+def library(file: str, options: tuple[str, ...], extra: str = "") -> ctypes.CDLL:
+    """A source of kernels/cuda, compiled with g++ for this process; ``extra`` is further C++ after it."""
+    source = cuda_folder() / file
+    kernels = re.findall(r'extern "C" __global__[^{]*?\b(\w+)\(\s*\n', source.read_text(encoding="utf-8"))
+    # Renamed: `select`, for one, is a function of the C library.
+    names = [f"#define {name} kernel_{name}" for name in kernels]
+    back = [f"#undef {name}" for name in kernels]
+    code = ["#define ON_HOST", '#include "device.cuh"', *names, f'#include "{file}"', *back]
+    code += [_LAUNCH.replace("KERNEL", name) for name in kernels]
+    stem = Path(_folder().name) / f"{source.stem}{abs(hash((file, options, extra)))}"
+    stem.with_suffix(".cpp").write_text("\n".join([*code, extra]), encoding="utf-8")
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w", *options]
+    folders = [f"-I{HERE}", f"-I{cuda_folder()}"]
+    made = str(stem.with_suffix(".so"))
+    command = ["g++", *flags, *folders, str(stem.with_suffix(".cpp")), "-o", made]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return ctypes.CDLL(made)

@@ -1,0 +1,161 @@
+"""Every kernel of kernels/cuda is compiled here, GPU or not; and the cache of what was compiled."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+
+from gpuclust.kernels import cuda_folder, nvrtc
+
+pytestmark = pytest.mark.nvrtc
+
+ARCHITECTURES = ["sm_80", "sm_90a", "sm_100"]
+ROWS = ["Float16", "BFloat16", "float", "double"]
+# Rows, warps side by side and tiles of 8 centroids, as `CupyBackend` chooses them.
+TILES = [(rows, warps, tiles) for rows in (64, 128) for warps, tiles in ((1, 4), (1, 8), (2, 8))]
+CASES = [(file.name, (f"-DROW={row}",)) for file in sorted(cuda_folder().glob("*.cu")) for row in ROWS]
+CASES = [case for case in CASES if case[0] != "assign.cu"] + [
+    ("assign.cu", (f"-DROW={row}", f"-DBLOCK_ROWS={rows}", f"-DWARPS={warps}", f"-DTILES={tiles}"))
+    for row in ROWS
+    for rows, warps, tiles in TILES
+    if row == "float" or (rows, warps) == (128, 2)  # the type of the rows matters where they are read, before the tiles
+]
+# Registers times threads of the blocks that are to share a multiprocessor (65,536), and static shared memory.
+MOST_REGISTERS = {"assign": 128, "rescore": 80, "decide": 128}
+MOST_SHARED_BYTES = {"rescore": 13 << 10, "decide": 13 << 10, "assign": 4 << 10}
+
+
+def used(log: str) -> dict[str, dict[str, int]]:
+    """What each kernel of a log of ptxas uses."""
+    found = {}
+    for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?)Compile time", log, re.DOTALL):
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text).groups()
+        )
+        registers = int(re.search(r"Used (\d+) registers", text)[1])
+        shared = re.search(r"(\d+) bytes smem", text)
+        found[name] = {
+            "registers": registers,
+            "shared_bytes": int(shared[1]) if shared else 0,
+            "stack_bytes": stack,
+            "spilled_bytes": stores + loads,
+        }
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: "".join(value))
+def test_every_kernel_compiles_within_its_registers_and_shared_memory(
+    name: str, options: tuple[str, ...], arch: str
+) -> None:
+    cubin, log = nvrtc.build(cuda_folder() / name, arch, options)
+    assert cubin.startswith(b"\x7fELF")
+    kernels = used(log)
+    assert kernels
+    for kernel, use in kernels.items():
+        assert use["spilled_bytes"] == use["stack_bytes"] == 0, (kernel, use)
+        assert use["registers"] <= MOST_REGISTERS.get(kernel, 64), (kernel, use)
+        assert use["shared_bytes"] <= MOST_SHARED_BYTES.get(kernel, 1 << 10), (kernel, use)
+
+
+def test_what_spills_would_be_seen(folder: Path) -> None:
+    source = folder / "spills.cu"
+    source.write_text(
+        'extern "C" __global__ void __launch_bounds__(1024, 2) wide(const double* x, double* y) {\n'
+        "  double all[64];\n#pragma unroll\n  for (int i = 0; i < 64; ++i) all[i] = x[i * 1024 + threadIdx.x];\n"
+        "  __syncthreads();\n#pragma unroll\n"
+        "  for (int i = 0; i < 64; ++i) y[i * 1024 + threadIdx.x] = all[63 - i] * all[(7 * i) % 64];\n}\n"
+    )
+    assert used(nvrtc.build(source, "sm_80")[1])["wide"]["spilled_bytes"] > 0
+
+
+# ---- the cache
+
+SOURCE = '#include "part.cuh"\nextern "C" __global__ void fill(float* out) { out[threadIdx.x] = VALUE; }\n'
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GPUCLUST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "fill.cu").write_text(SOURCE)
+    (tmp_path / "part.cuh").write_text('#pragma once\n#include "deep.cuh"\n')
+    (tmp_path / "deep.cuh").write_text("#define VALUE 1.0f\n")
+    return tmp_path
+
+
+def test_the_key_covers_all_that_a_cubin_depends_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / "fill.cu"
+    first = nvrtc.compile(file, "sm_80")
+    assert first == nvrtc.compile(file, "sm_80")
+    assert first.parent == folder / "cache"
+    found = {first, nvrtc.compile(file, "sm_90a"), nvrtc.compile(file, "sm_80", ("-DUNUSED=1",))}
+    (folder / "deep.cuh").write_text("#define VALUE 2.0f\n")
+    found.add(nvrtc.compile(file, "sm_80"))
+    file.write_text(SOURCE + "// more\n")
+    found.add(nvrtc.compile(file, "sm_80"))
+    monkeypatch.setattr(nvrtc, "FLAGS", (*nvrtc.FLAGS, "--use_fast_math"))
+    found.add(nvrtc.compile(file, "sm_80"))
+    monkeypatch.setattr(nvrtc, "compiler", lambda: "99.9")
+    found.add(nvrtc.compile(file, "sm_80"))
+    assert len(found) == 7
+    assert all(path.read_bytes().startswith(b"\x7fELF") for path in found)
+
+
+def test_what_is_in_the_cache_is_not_compiled_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = nvrtc.compile(folder / "fill.cu", "sm_80")
+    monkeypatch.setattr(nvrtc, "build", lambda *_: pytest.fail("compiled again"))
+    assert nvrtc.compile(folder / "fill.cu", "sm_80") == first
+
+
+def test_writers_at_the_same_time_leave_one_whole_file(folder: Path) -> None:
+    seen: list[bytes] = []
+    start = threading.Barrier(4)
+
+    def work() -> None:
+        start.wait()
+        seen.append(nvrtc.compile(folder / "fill.cu", "sm_80").read_bytes())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    whole, _ = nvrtc.build(folder / "fill.cu", "sm_80")
+    assert [len(content) for content in seen] == [len(whole)] * 4
+    assert len(list((folder / "cache").iterdir())) == 1
+
+
+def test_a_write_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(nvrtc.os, "replace", no_space)
+    with pytest.raises(OSError, match="no space left"):
+        nvrtc.compile(folder / "fill.cu", "sm_80")
+    assert list((folder / "cache").iterdir()) == []
+
+
+def test_a_source_that_does_not_compile_shows_the_compilers_log(folder: Path) -> None:
+    (folder / "fill.cu").write_text(SOURCE.replace("out[", "nowhere["))
+    with pytest.raises(nvrtc.CompileError, match=r'fill\.cu does not compile for sm_80(.|\n)*"nowhere" is undefined'):
+        nvrtc.compile(folder / "fill.cu", "sm_80")
+    assert not (folder / "cache").exists()
+
+
+def test_the_cubin_is_a_whole_elf_file(folder: Path) -> None:
+    cubin, _ = nvrtc.build(folder / "fill.cu", "sm_80")
+    headers, size, count = (int.from_bytes(cubin[a:b], "little") for a, b in ((32, 40), (54, 56), (56, 58)))
+    assert headers + size * count == len(cubin)
+
+
+def test_without_a_folder_of_its_own_the_cache_is_among_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GPUCLUST_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert nvrtc.cache_folder() == tmp_path / "gpuclust"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert nvrtc.cache_folder() == Path.home() / ".cache" / "gpuclust"

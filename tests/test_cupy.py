@@ -1,0 +1,563 @@
+"""The CuPy backend against the torch backend and the reference distance: on a GPU, and its kernels on a processor."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases_cluster import KINDS, mislabelled, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from on_host import HostLauncher, library
+
+from gpuclust.cluster import fit
+from gpuclust.cluster.backends import choose, survey
+from gpuclust.cluster.backends import cupy as cupy_backend
+from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.backends.cupy import CupyBackend, Looks
+from gpuclust.cluster.backends.torch import TorchBackend
+from gpuclust.cluster.fit import Fit, fit_kmeans
+from gpuclust.cluster.moments import Moments, centroid_dtype
+from gpuclust.cluster.predict import nearest
+from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.sums import Grid, tree_sum
+from gpuclust.errors import UnavailableError
+from gpuclust.kernels.launch import Launcher, architecture
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+# Shared memory that no tile of assign.cu fits in: rows are then seen as wide ones.
+TOO_LITTLE = 9 << 10
+
+Make = Callable[..., CupyBackend]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.compiler),
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.nvrtc]),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def make(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Backends of the device: with so much shared memory, and on a processor with threads in falling order."""
+
+    def made(shared_bytes: int | None = None, falling: bool = False) -> CupyBackend:
+        if device.type == "cpu":
+            # Torch multiplies float16 into float32 on CUDA only.
+            monkeypatch.setattr(cupy_backend, "multiplied", lambda a, b: a.float() @ b.float())
+            return CupyBackend(HostLauncher(shared_bytes or 163 << 10, falling))
+        launcher = Launcher()
+        if shared_bytes:
+            monkeypatch.setattr(launcher, "shared_memory_bytes", lambda _: shared_bytes)
+        return CupyBackend(launcher)
+
+    return made
+
+
+def assigned(
+    backend: Any, x: torch.Tensor, centroids: torch.Tensor, spoil: Callable[[Looks], Looks] | None = None, **known: Any
+) -> tuple[torch.Tensor, int]:
+    """Labels (r, n) of centroids (r, k, d), and how many the reference distance decided."""
+    moments = Moments.of(TensorSource(x))
+    operand = backend.prepare(moments.frame, centroids, x.dtype)
+    operand = operand if spoil is None else spoil(operand)
+    # Unwritten labels would be seen: they are a view, between others that must stay.
+    held = torch.full((len(centroids), len(x) + 2), -7, dtype=torch.int32, device=x.device)
+    norms = moments.frame.norms(moments.dist2)
+    count = backend.assign(x, norms, operand, held[:, 1:-1], known.get("precision", "exact"))
+    assert count.dtype == torch.int64
+    assert count.device == x.device
+    assert bool((held[:, [0, -1]] == -7).all())
+    return held[:, 1:-1].cpu(), int(count)
+
+
+class Spy:
+    """A launcher that keeps how many rows each first look left open."""
+
+    def __init__(self, launcher: Any) -> None:
+        self.launcher, self.opened = launcher, list[torch.Tensor]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.launcher, name)
+
+    def __call__(self, device: torch.device, file: str, options: Any, kernel: str, *rest: Any) -> None:
+        if kernel == "rescore":
+            self.opened.append(rest[-5].clone())
+        self.launcher(device, file, options, kernel, *rest)
+
+
+def seeds(x: torch.Tensor, r: int, k: int) -> torch.Tensor:
+    """Centroids (r, k, d) near rows and between them."""
+    generator = torch.Generator().manual_seed(k)
+    chosen = torch.stack([x[torch.randperm(len(x), generator=generator)[:k].to(x.device)] for _ in range(r)])
+    chosen = chosen.to(centroid_dtype(x.dtype))
+    return chosen * 0.7 + chosen.flip(1) * 0.3
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize("shared_bytes", [None, TOO_LITTLE], ids=["fused", "wide"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_labels_are_exact_for_every_kind_of_rows(
+    dtype: torch.dtype, shared_bytes: int | None, device: torch.device, make: Make
+) -> None:
+    backend = make(shared_bytes)
+    decided = 0
+    for kind in KINDS:
+        n = 60 if kind == "one far row" else 150  # the reference distance decides all of its rows
+        x = rows(kind, n, 37, dtype).to(device)
+        centroids = torch.stack([x[:11], x[11:22]]).to(centroid_dtype(dtype))
+        labels, count = assigned(backend, x, centroids)
+        expected, _ = assigned(TorchBackend(), x, centroids)
+        assert [mislabelled(labels[i], x, centroids[i]) for i in range(2)] == [0, 0], kind
+        assert torch.equal(labels, expected), kind
+        decided += count
+    assert decided > 0
+
+
+SHAPES = [
+    (1, 1, 1, 1, "noise", torch.float32),
+    (130, 1, 5, 2, "noise", torch.float32),
+    (129, 33, 64, 2, "near ties", torch.float32),
+    (200, 64, 150, 1, "blobs", torch.float32),
+    (65, 31, 65, 2, "duplicates", torch.float64),
+    (70, 500, 33, 1, "relu", torch.float16),
+    (70, 900, 7, 1, "offset", torch.float32),
+    (66, 1030, 3, 1, "relu", torch.bfloat16),
+    (40, 5000, 7, 2, "blobs", torch.float32),
+    (20, 70_001, 3, 1, "near ties", torch.float32),
+]
+
+
+@pytest.mark.parametrize("falling", [False, True], ids=["rising", "falling"])
+@pytest.mark.parametrize(("n", "d", "k", "r", "kind", "dtype"), SHAPES, ids=str)
+def test_labels_are_exact_for_every_shape(
+    n: int, d: int, k: int, r: int, kind: str, dtype: torch.dtype, falling: bool, device: torch.device, make: Make
+) -> None:
+    x = rows(kind, n, d, dtype).to(device)
+    centroids = seeds(x, r, k)
+    expected, decided = assigned(TorchBackend(), x, centroids)
+    for shared_bytes in (None, TOO_LITTLE):
+        labels, count = assigned(make(shared_bytes, falling), x, centroids)
+        assert [mislabelled(labels[i], x, centroids[i]) for i in range(r)] == [0] * r
+        assert torch.equal(labels, expected)
+        assert abs(count - decided) <= 2 + n * r // 20  # float32 sums of another order leave other rows open
+
+
+def test_rows_of_any_strides_are_read_where_they_lie(device: torch.device, make: Make) -> None:
+    whole = rows("noise", 80, 96, torch.float32).to(device)
+    for x in (whole[1::3], whole[:, ::2], whole[:, 5:40], whole.t().contiguous().t(), whole[7:8].expand(9, -1)):
+        centroids = seeds(x, 1, 4)
+        for shared_bytes in (None, TOO_LITTLE):
+            labels, _ = assigned(make(shared_bytes), x, centroids)
+            assert mislabelled(labels[0], x, centroids[0]) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("d", "width"), [(36, 48), (300, 304), (37, 41)])
+def test_the_first_look_leaves_open_what_its_bound_says_and_reads_nothing_beside_the_rows(
+    d: int, width: int, dtype: torch.dtype, device: torch.device, make: Make
+) -> None:
+    # What is not a number would open the rows whose scores it gets into.
+    whole = torch.full((101, width), math.nan, dtype=dtype, device=device)
+    x = whole[:100, :d]
+    x.copy_(rows("blobs", 100, d, dtype))
+    frame, norms = (moments := Moments.of(TensorSource(x))).frame, moments.frame.norms(moments.dist2).double()
+    for k, shared_bytes in ((5, None), (50, None), (70, None), (70, TOO_LITTLE)):
+        backend = make(shared_bytes)
+        spy = backend.launch = Spy(backend.launch)
+        centroids = seeds(x, 2, k)
+        labels, _ = assigned(backend, x, centroids)
+        assert mislabelled(labels[0], x, centroids[0]) == 0
+        operand = backend.prepare(frame, centroids, dtype)
+        assert operand.shift is not None
+        seen = (x.to(operand.shift.dtype) * operand.scale - operand.shift).half().double()
+        products = operand.matrix.double() @ seen.t()
+        bounds = operand.slope.double() * norms
+        upper, lower = operand.high.double() + products + bounds, operand.low.double() + products - bounds
+        least = upper.view(2, k, -1).amin(1, keepdim=True)
+        expected = ((lower.view(2, k, -1) <= least).sum(1) > 1).sum(1)
+        assert (spy.opened[0].cpu() - expected.cpu()).abs().max() <= 1, (k, shared_bytes)
+        assert expected.max() < 60
+
+
+def test_centroids_out_of_all_proportion_certify_nothing_wrong(device: torch.device, make: Make) -> None:
+    x = rows("noise", 60, 5, torch.float32).to(device)
+    far = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    for scale in (1e3, 1e5, 1e8, 1e20, 1e30):
+        for centroids in (far * scale, torch.cat([x[:3], far[:3] * scale]), far + scale):
+            for shared_bytes in (None, TOO_LITTLE):
+                found = nearest(TensorSource(x), centroids, make(shared_bytes))
+                assert mislabelled(found.cpu(), x, centroids) == 0
+
+
+@pytest.mark.compiler
+@settings(max_examples=80, deadline=None)
+@given(
+    d=st.sampled_from([1, 3, 37, 200, 1030]),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(["blobs", "noise", "relu", "heavy tails", "unequal features"]),
+    scale=st.integers(-140, 100),
+    offset=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    beside=st.integers(0, 26),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_rows_near_the_border_of_two_centroids_are_no_escape(
+    d: int, dtype: torch.dtype, kind: str, scale: int, offset: float, beside: int, seed: int
+) -> None:
+    rng = np.random.RandomState(seed)
+    values = KINDS[kind](rng, 40, d) + offset
+    step = np.std(values, axis=0) * rng.randn(3, d)
+    # Between a centroid and its mirror image, and 2**-beside of the way to one of them, with what lies across that way.
+    along = step[0] / np.linalg.norm(step[0]) if step[0].any() else step[0]
+    middle = values - np.outer((values - values[0]) @ along, along)
+    values[1:] = (middle + np.outer(rng.choice([-1, 1], 40) * 2.0**-beside, step[0]))[1:]
+    centres = np.concatenate([values[0] + step, values[0] - step])
+    largest = max(np.abs(values).max(), np.abs(centres).max())
+    unit = 2.0**14 / largest if dtype == torch.float16 else min(2.0**scale, 2.0**120 / largest)
+    x = torch.from_numpy(values * unit).to(dtype)
+    centroids = torch.from_numpy(centres * unit).to(centroid_dtype(dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cupy_backend, "multiplied", lambda a, b: a.float() @ b.float())
+        for shared_bytes in (163 << 10, TOO_LITTLE):
+            backend = CupyBackend(HostLauncher(shared_bytes))
+            labels, _ = assigned(backend, x, centroids[None])
+            assert mislabelled(labels[0], x, centroids) == 0
+            assert mislabelled(nearest(TensorSource(x), centroids, backend), x, centroids) == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("padded", math.nan),  # what is infinite there has a slope that is no number: `Frame.operand` sees to it
+        ("low", math.nan),
+        ("low", -math.inf),
+        ("slope", math.nan),
+        ("slope", math.inf),
+        ("reach", math.nan),
+        ("reach", math.inf),
+    ],
+)
+def test_what_is_not_a_number_certifies_nothing_wrong(
+    field: str, value: float, device: torch.device, make: Make
+) -> None:
+    x = rows("blobs", 50, 3).to(device)
+    centroids = x[None, :4]
+
+    def first(operand: Looks) -> Looks:
+        if field in ("low", "slope"):
+            terms = operand.terms.clone()
+            terms[0, 2, field == "slope"] = value
+            return replace(operand, terms=terms)
+        spoiled = getattr(operand, field).clone()
+        spoiled[0, 2] = value
+        return replace(operand, **{field: spoiled})
+
+    def second(operand: Looks) -> Looks:
+        name = {"padded": "matrix", "reach": "high"}.get(field, field)
+        spoiled = getattr(operand.finer, name).clone()
+        spoiled[2] = value
+        opened = operand.terms.clone()
+        opened[0, 0, 0] = math.nan  # every row gets a second look
+        return replace(operand, terms=opened, finer=replace(operand.finer, **{name: spoiled}))
+
+    for shared_bytes in (None, TOO_LITTLE):
+        for spoil in (first, second):
+            labels, _ = assigned(make(shared_bytes), x, centroids, spoil)
+            assert mislabelled(labels[0], x, centroids[0]) == 0
+
+
+def test_every_row_is_left_open_where_one_score_is_no_number(device: torch.device, make: Make) -> None:
+    x = rows("blobs", 50, 3).to(device)
+
+    def spoil(operand: Looks) -> Looks:
+        matrix, padded = operand.finer.matrix.clone(), operand.padded.clone()
+        matrix[3] = padded[0, 3] = math.nan
+        return replace(operand, padded=padded, finer=replace(operand.finer, matrix=matrix))
+
+    for shared_bytes in (None, TOO_LITTLE):
+        labels, decided = assigned(make(shared_bytes), x, x[None, :4], spoil)
+        assert decided == 50
+        assert mislabelled(labels[0], x, x[:4]) == 0
+
+
+def test_fast_takes_the_least_score(device: torch.device, make: Make) -> None:
+    x = rows("blobs", 300, 30).to(device)
+    centroids = seeds(x, 1, 40)
+    operand = make().prepare(Moments.of(TensorSource(x)).frame, centroids, x.dtype)
+    assert operand.shift is not None
+    seen = (x * operand.scale - operand.shift).half().double()
+    scores = seen @ operand.matrix.double().t() + (operand.high[:, 0].double() + operand.low[:, 0].double()) / 2
+    least = scores.amin(1)
+    for shared_bytes in (None, TOO_LITTLE):
+        labels, decided = assigned(make(shared_bytes), x, centroids, precision="fast")
+        assert decided == 0
+        excess = scores.gather(1, labels[0].long().to(device)[:, None])[:, 0] - least
+        assert excess.max() <= 1e-5 * scores.abs().max()
+
+
+# ---- sums
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("n", "d", "k", "r"), [(1, 1, 1, 1), (300, 5, 3, 2), (200, 300, 130, 1), (70, 131, 12, 3)])
+def test_sums_and_counts_have_the_bits_of_the_torch_backend(
+    n: int,
+    d: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    weighted: bool,
+    device: torch.device,
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cupy_backend, "_MOST_SPANS", 1 if weighted else 65535)
+    random = torch.Generator().manual_seed(n)
+    x = rows("relu", n, d, dtype).to(device)[:, ::1]
+    weights = torch.rand(n, generator=random, dtype=torch.float64).to(device) if weighted else None
+    grid = Grid.of(x.double().abs().amax(0), n, torch.float64 if weighted else dtype, 1e-3 if weighted else 1.0)
+    old = torch.randint(k, (r, n + 4), generator=random, dtype=torch.int32).to(device)[:, 2 : n + 2]
+    new = torch.where(torch.rand(r, n, generator=random).to(device) < 0.3, old.flip(1), old).contiguous()
+    found = []
+    for backend in (TorchBackend(), make()):
+        sums = torch.zeros(grid.levels, r, k, d, dtype=torch.float64, device=device)
+        counts = torch.zeros(r, k, dtype=torch.float64, device=device)
+        backend.accumulate(x, weights, grid, old.contiguous(), None, sums, counts)
+        first = sums.clone(), counts.clone()
+        backend.accumulate(x, weights, grid, new, old, sums, counts)
+        found.append((*first, sums, counts))
+    for expected, got in zip(*found, strict=True):
+        assert torch.equal(expected, got)
+        assert not bool(torch.signbit(got[got == 0]).any())
+
+
+def test_few_clusters_are_summed_in_shared_memory_first_and_many_are_not(make: Make) -> None:
+    backend = make()
+    if not isinstance(backend.launch, HostLauncher):
+        pytest.skip("what is launched is recorded on a processor")
+    x = rows("noise", 40, 3)
+    for k, kernel in ((5, "first"), (200, "accumulate")):
+        backend.launch.launched.clear()
+        grid = Grid.of(x.abs().amax(0), 40, x.dtype)
+        sums, counts = torch.zeros(grid.levels, 1, k, 3, dtype=torch.float64), torch.zeros(1, k, dtype=torch.float64)
+        backend.accumulate(x, None, grid, torch.zeros(1, 40, dtype=torch.int32), None, sums, counts)
+        assert backend.launch.launched == ["count", kernel]
+
+
+# ---- whole fits
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "d", "k", "dtype", "weighted"),
+    [
+        ("blobs", 200, 6, 5, torch.float32, False),
+        ("near ties", 150, 3, 8, torch.float32, True),
+        ("relu", 120, 40, 4, torch.float16, False),
+        ("offset", 150, 5, 3, torch.float64, False),
+    ],
+    ids=str,
+)
+def test_a_fit_has_the_bits_of_the_torch_backend(
+    kind: str,
+    n: int,
+    d: int,
+    k: int,
+    dtype: torch.dtype,
+    weighted: bool,
+    device: torch.device,
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = rows(kind, n, d, dtype).to(device)
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+    fits: list[Fit] = []
+    for backend in (TorchBackend(), make()):
+        monkeypatch.setattr(fit, "choose", lambda *_, backend=backend: (backend, {}))
+        fits.append(fit_kmeans(TensorSource(x), k, n_init=3, seed=5, weights=weights if weighted else None))
+    expected, got = fits
+    assert (expected.backend, got.backend) == ("torch", "cupy")
+    assert torch.equal(expected.labels, got.labels)
+    assert torch.equal(expected.centroids, got.centroids)
+    assert (expected.inertia, expected.n_iter, expected.trace) == (got.inertia, got.n_iter, got.trace)
+    assert mislabelled(got.labels.cpu(), x, got.centroids) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.nvrtc
+@pytest.mark.slow
+def test_more_than_2_to_the_31_values_are_one_launch() -> None:
+    n, d, k = 2**24 + 3, 129, 5
+    x = torch.empty(n, d, dtype=torch.float16, device="cuda").normal_()
+    centroids = x[None, :k].float()
+    labels, _ = assigned(CupyBackend(), x, centroids)
+    some = torch.cat([torch.arange(200), torch.arange(n - 200, n)])
+    assert mislabelled(labels[0, some], x[some.cuda()], centroids[0]) == 0
+    grid = Grid.of(x.abs().amax(0), n, x.dtype)
+    found = []
+    for backend in (TorchBackend(), CupyBackend()):
+        sums = torch.zeros(grid.levels, 1, k, d, dtype=torch.float64, device="cuda")
+        counts = torch.zeros(1, k, dtype=torch.float64, device="cuda")
+        backend.accumulate(x, None, grid, labels.cuda(), None, sums, counts)
+        found.append((sums, counts))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+# ---- parts of the kernels, on a processor
+
+PARTS = """
+extern "C" double host_tree_sum(long long d, int held, const double* terms) {
+  static double values[4096];
+  const int p = held_level(d, held);
+  int length = (int)level_length(d, p);
+  for (int i = 0; i < length; ++i) values[i] = subtree(d, p, i, [&](int64 f) { return terms[f]; });
+  while (length > 1) {
+    const int half = (length + 1) / 2;
+    for (int i = 0; i < length - half; ++i) values[i] = sum_of(values[i], values[half + i]);
+    length = half;
+  }
+  return values[0];
+}
+extern "C" void host_best(int count, int parts, const float* lower, Best* out) {
+  out->clear();
+  for (int part = 0; part < parts; ++part) {
+    Best some;
+    some.clear();
+    for (int i = part; i < count; i += parts) some.take(lower[i], i);
+    out->merge(some);
+  }
+}
+extern "C" int host_certain(const Best* best, float upper) { return best->certain(upper); }
+extern "C" unsigned short host_float16(float value) { return to_float16(value).bits; }
+extern "C" float host_float(unsigned short bits) { return to_float(Float16{bits}); }
+"""
+
+
+class BestStruct(ctypes.Structure):
+    _fields_ = (("least", ctypes.c_float), ("second", ctypes.c_float), ("index", ctypes.c_int))
+
+
+@pytest.fixture
+def parts() -> ctypes.CDLL:
+    found = library("decide.cu", ("-DROW=float",), PARTS)
+    found.host_tree_sum.restype = ctypes.c_double
+    found.host_float.restype = ctypes.c_float
+    found.host_float16.restype = ctypes.c_ushort
+    return found
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("held", [1024, 1, 5])
+def test_the_tree_of_the_kernels_is_that_of_the_reference_distance(held: int, parts: ctypes.CDLL) -> None:
+    random = np.random.RandomState(held)
+    lengths = [*range(1, 70), 1023, 1024, 1025, 2047, 2048, 2049, 4097, 70_001] + ([193_600] if held > 1 else [])
+    differs = 0
+    for length in lengths:
+        terms = random.randn(length) ** 2 * np.exp(5 * random.randn(length))
+        expected = tree_sum(torch.from_numpy(terms.copy())[None]).item()
+        got = parts.host_tree_sum(ctypes.c_longlong(length), held, terms.ctypes.data_as(ctypes.c_void_p))
+        assert got == expected, length
+        differs += got != sum(terms.tolist())
+    assert differs > 20  # another order has other bits
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("split", [1, 2, 7])
+def test_the_two_least_and_where_the_first_is(split: int, parts: ctypes.CDLL) -> None:
+    random = np.random.RandomState(split)
+    for count in (1, 2, 3, 20, 100):
+        for special in ([], [np.nan], [np.inf], [-np.inf], [np.inf, np.nan], [-np.inf, np.nan]):
+            lower = np.round(random.randn(count), 1).astype(np.float32)  # with ties
+            for value in special[:count]:
+                lower[random.randint(count)] = value
+            best = BestStruct()
+            parts.host_best(count, split, lower.ctypes.data_as(ctypes.c_void_p), ctypes.byref(best))
+            numbers = np.where(np.isnan(lower), np.inf, lower)
+            if not np.isnan(lower).any():
+                ordered = np.sort(np.append(numbers, np.inf))
+                assert (best.least, best.second) == (ordered[0], ordered[1])
+                assert best.index == numbers.argmin()
+            else:
+                assert np.isnan(best.second)
+            for upper in (best.least, float(np.nextafter(np.float32(best.least), np.float32(np.inf))), np.nan, np.inf):
+                expected = not np.isnan(lower).any() and np.isfinite(best.least) and best.second > upper
+                assert bool(parts.host_certain(ctypes.byref(best), ctypes.c_float(upper))) == bool(expected)
+
+
+@pytest.mark.compiler
+def test_float16_on_the_processor_is_float16(parts: ctypes.CDLL) -> None:
+    random = np.random.RandomState(0)
+    values = np.concatenate(
+        [
+            random.randn(500) * 2.0 ** random.randint(-30, 18, 500),
+            [0, -0.0, 65504, 65519, 65520, 2.0**-25, 3 * 2.0**-25],
+        ]
+    ).astype(np.float32)
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16).view(np.uint16)
+    assert [parts.host_float16(ctypes.c_float(value)) for value in values] == expected.tolist()
+    every = np.arange(1 << 16, dtype=np.uint16)
+    got = np.array([parts.host_float(int(bits)) for bits in every], dtype=np.float32)
+    np.testing.assert_array_equal(got, every.view(np.float16).astype(np.float32))
+
+
+# ---- who may use it
+
+
+def problem(device: str, d: int = 3) -> Problem:
+    return Problem(10, d, 2, torch.float32, torch.device(device))
+
+
+def test_what_it_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = CupyBackend(HostLauncher())
+    monkeypatch.setattr(cupy_backend.importlib.util, "find_spec", lambda _: None)
+    assert "cupy is not installed" in str(backend.unavailable())
+    monkeypatch.setattr(cupy_backend.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.unavailable() == "torch finds no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert backend.unavailable() == "its kernels need compute capability 8.0; this machine has 7.5"
+    assert "cuda:0 has 7.5" in str(backend.supports(problem("cuda:0")))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert backend.unavailable() is None
+    assert backend.supports(problem("cuda:0")) is None
+    assert "fewer than 2**31 features" in str(backend.supports(problem("cuda:0", 2**31)))
+    assert backend.supports(problem("cpu")) == "its kernels run on CUDA devices; X is on cpu"
+
+
+def test_auto_leaves_it_until_a_row_shows_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CupyBackend, "unavailable", lambda _: None)
+    monkeypatch.setattr(CupyBackend, "supports", lambda *_: None)
+    chosen, rejected = choose("auto", problem("cpu"))
+    assert chosen.name != "cupy"
+    assert rejected["cupy"] == "auto takes it once a committed GPU row shows its contract test passing"
+    assert choose("cupy", problem("cpu"))[0].name == "cupy"
+
+
+def test_asked_for_where_it_cannot_run_it_is_an_error() -> None:
+    assert "cupy" in survey()
+    with pytest.raises(UnavailableError, match="backend 'cupy' cannot run here"):
+        choose("cupy", problem("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((10, 0), "sm_100")]
+)
+def test_kernels_are_compiled_for_the_device(capability: tuple[int, int], arch: str) -> None:
+    assert architecture(capability) == arch
