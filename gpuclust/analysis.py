@@ -180,6 +180,8 @@ def study(setup: Setup, layer: Layer, store: LayerStore, samples: Samples, captu
         notes["silhouette"] = f"of a seeded sample of {view.silhouette_n:,} images"
     if store.scale != 1.0:
         notes["scale"] = f"rows are stored times {store.scale:g}; all numbers are of the activations themselves"
+    if fit.notes:
+        notes["k-means"] = "; ".join(fit.notes)
     if (found := len(np.unique(labels))) < k:
         notes["clusters"] = f"{found} of {k} hold images: there are not more distinct activations"
     return LayerResult(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gpuclust
+from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.compare.result import COLUMNS
 from gpuclust.errors import InputError, MemoryLimitError, UnavailableError
 from gpuclust.prepare import placed
@@ -318,6 +319,25 @@ def test_precision_and_restarts_reach_k_means(folder: Path) -> None:
     report = gpuclust.analyze(model(), folder, precision="fast", n_init=1, max_iter=1, backend="torch", layers="conv1")
     (result,) = report.results
     assert (result.precision, result.n_iter, result.backend, result.recheck_share) == ("fast", 1, "torch", 0.0)
+
+
+def test_a_layer_whose_fit_ran_out_of_memory_has_a_note_and_the_same_clusters(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gpuclust.analyze(model(), folder, layers="conv1")
+    assign, calls = TorchBackend.assign, list[int]()
+
+    def scarce(self: TorchBackend, *arguments: Any) -> Any:
+        calls.append(arguments[0].shape[0])
+        if len(calls) in (2, 5):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return assign(self, *arguments)
+
+    monkeypatch.setattr(TorchBackend, "assign", scarce)
+    found = gpuclust.analyze(model(), folder, layers="conv1")
+    assert "memory ran out" in found.results[0].notes["k-means"]
+    np.testing.assert_array_equal(found.results[0].labels, plain.results[0].labels)
+    assert found.results[0].inertia == plain.results[0].inertia
 
 
 def test_a_layer_with_too_few_distinct_rows_has_a_note_and_no_warning(folder: Path) -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from cases_cluster import mislabelled, rows
 
+from gpuclust.capture.store import LayerStore
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose, survey
 from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.backends.cuml import CAVEATS, CumlBackend
 from gpuclust.cluster.fit import fit_kmeans
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.source import TensorSource, WatchedSource
 from gpuclust.errors import InputError, UnavailableError
 
 CUDA = torch.device("cuda", 0)
@@ -157,12 +158,25 @@ def test_a_cuml_that_takes_no_convert_dtype_is_called_without(
     assert model.fit_report_.notes == (*CAVEATS, "this cuML computed torch.float64 rows in torch.float32")
 
 
+def test_rows_that_lie_on_the_device_reach_it_through_any_source(cuml: list[dict[str, Any]]) -> None:
+    x = rows("blobs", 200, 3)
+    heard: list[int] = []
+    watched = WatchedSource(TensorSource(x), lambda start, count: heard.append(count))
+    store = LayerStore(200, 3, torch.float32, "cpu")
+    store.append(x)
+    for source in (TensorSource(x), watched, store):
+        found = KMeans(4, random_state=0, backend="cuml").fit(source)
+        assert torch.equal(found.labels_, KMeans(4, random_state=0, backend="cuml").fit(x).labels_)
+    assert sum(heard) > 200
+    assert np.shares_memory(cuml[0]["X"], x.numpy()), "no copy"
+
+
 def test_bad_rows_never_reach_it(cuml: list[dict[str, Any]]) -> None:
     x = rows("blobs", 200, 3)
     x[150, 1] = float("nan")
     with pytest.raises(InputError, match=r"NaN.* in row 150, column 1"):
         KMeans(4, backend="cuml").fit(x)
-    with pytest.raises(UnavailableError, match="these rows come in chunks"):
+    with pytest.raises(UnavailableError, match="these rows are streamed"):
         KMeans(4, backend="cuml").fit([x[:50], x[50:]])
     assert not cuml
 

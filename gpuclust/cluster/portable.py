@@ -37,7 +37,8 @@ class OnHost:
         here = is_here(torch.device(self.device))
         if self.module == "torch":
             return self.values.to(self.device) if here else self.values
-        if here and (module := _import(self.module)) is not None:
+        module = _import(self.module) if here else None
+        if module is not None and hasattr(module, "from_dlpack"):
             return module.from_dlpack(self.values.to(self.device))
         return self.values.numpy()
 
@@ -56,16 +57,21 @@ def device_of(value: Any) -> torch.device | None:
     if hasattr(value, "__cuda_array_interface__") or (
         hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) != _DLPACK_CPU
     ):
-        return torch.as_tensor(value).device if not hasattr(value, "__dlpack__") else torch.from_dlpack(value).device
+        return _tensor(value).device
     return None
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    return torch.from_dlpack(value) if hasattr(value, "__dlpack__") else torch.as_tensor(value)
 
 
 def to_host(value: Any) -> Any:
     """The value with every array on a device, in it or in its fields if it is a dataclass, as `OnHost`."""
     device = device_of(value)
     if device is not None:
-        tensor = value if isinstance(value, torch.Tensor) else torch.from_dlpack(value)
-        return OnHost(tensor.detach().cpu(), str(device), type(value).__module__.partition(".")[0])
+        return OnHost(_tensor(value).cpu(), str(device), type(value).__module__.partition(".")[0])
     return _in_fields(value, to_host, lambda part: device_of(part) is not None)
 
 

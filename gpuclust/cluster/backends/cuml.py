@@ -22,7 +22,7 @@ from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.moments import largest_per_column
-from gpuclust.cluster.source import ChunkSource, TensorSource, block_rows
+from gpuclust.cluster.source import ChunkSource, block_rows
 from gpuclust.cluster.sums import total
 from gpuclust.errors import UnavailableError
 
@@ -84,13 +84,14 @@ class CumlBackend(TorchBackend):
         UnavailableError
             For rows that are streamed.
         """
-        if not isinstance(source, TensorSource):
+        if not source.resident:
             raise UnavailableError(
-                "backend 'cuml' needs X as one array on the device, and these rows come in chunks: use backend='auto'"
+                "backend 'cuml' needs X as one array on the device, and these rows are streamed: use backend='auto'"
             )
         for start, rows in source.chunks(block_rows(source.shape[1], source.device)):
             largest_per_column(rows, start)
-        x = source.x.contiguous()
+        whole = [rows for _, rows in source.chunks(source.shape[0])]  # one view of all, where rows lie together
+        x = (whole[0] if len(whole) == 1 else torch.cat(whole)).contiguous()
         starts: list[Any] = [_INITS[init]] if isinstance(init, str) else [given.contiguous() for given in init]
         best: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, int] | None = None
         for start_with in starts:
