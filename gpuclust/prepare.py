@@ -26,8 +26,8 @@ from gpuclust.capture.trace import unwrap
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Problem
-from gpuclust.cluster.inputs import find_device
 from gpuclust.cluster.solver import plan as plan_solver
+from gpuclust.cluster.sources.inputs import find_device
 from gpuclust.config import Options, command_line, environment
 from gpuclust.doctor import hardware, versions
 from gpuclust.errors import InputError, MemoryLimitError, first_line, is_out_of_memory, users_code

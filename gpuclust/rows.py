@@ -11,8 +11,8 @@ import numpy as np
 
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.fit import Fit
-from gpuclust.cluster.inputs import read_rows
-from gpuclust.cluster.source import WatchedSource
+from gpuclust.cluster.sources.base import WatchedSource
+from gpuclust.cluster.sources.inputs import read_rows
 from gpuclust.config import environment
 from gpuclust.errors import GpuclustError, InputError, MemoryLimitError, first_line, is_out_of_memory
 from gpuclust.files import write

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpuclust.cluster.checksum import Checksum, Unchanged
+from gpuclust.cluster.sources.checksum import Checksum, Unchanged
 from gpuclust.errors import InputError
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -12,8 +12,8 @@ from cases_cluster import rows
 from cases_rows import Again, cut, same
 
 from gpuclust import KMeans
-from gpuclust.cluster.arrays import to_rows
-from gpuclust.cluster.chunks import ChunksSource
+from gpuclust.cluster.sources.arrays import to_rows
+from gpuclust.cluster.sources.chunks import ChunksSource
 from gpuclust.errors import InputError
 
 

@@ -20,7 +20,7 @@ from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Backend, Problem
 from gpuclust.cluster.lloyd import Weights
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.sources.base import TensorSource
 
 CASES = covering()
 # What an interpreter can do in a second or two; the widest take it many steps, however few their rows.

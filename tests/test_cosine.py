@@ -15,7 +15,7 @@ from sklearn.preprocessing import normalize
 
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.cosine import UnitRows, unit_means, unit_rows
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.sources.base import TensorSource
 from gpuclust.errors import InputError, UnavailableError
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -18,7 +18,7 @@ from gpuclust.cluster.backends import choose, survey
 from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.backends.cuml import CAVEATS, CumlBackend
 from gpuclust.cluster.fit import fit_kmeans
-from gpuclust.cluster.source import TensorSource, WatchedSource
+from gpuclust.cluster.sources.base import TensorSource, WatchedSource
 from gpuclust.errors import InputError, UnavailableError
 
 CUDA = torch.device("cuda", 0)

@@ -25,7 +25,7 @@ from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.predict import nearest
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.sources.base import TensorSource
 from gpuclust.cluster.sums import Grid, tree_sum
 from gpuclust.errors import UnavailableError
 from gpuclust.kernels.launch import Launcher, architecture

@@ -21,7 +21,7 @@ from gpuclust.cluster.gram import Gram
 from gpuclust.cluster.lloyd import Lloyd, Weights
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.solver import Plan, plan
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.sources.base import TensorSource
 from gpuclust.errors import UnavailableError
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -18,7 +18,7 @@ from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.exact import Frame
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.predict import nearest
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.sources.base import TensorSource
 
 WIDTHS = [1, 2, 3, 127, 1000, 1025, 5000]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

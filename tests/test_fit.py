@@ -12,7 +12,7 @@ from cases_cluster import blobs, mislabelled, reference_dist2, rows
 
 from gpuclust.cluster import fit as fit_module
 from gpuclust.cluster.fit import Fit, fit_kmeans
-from gpuclust.cluster.source import ChunkSource, TensorSource
+from gpuclust.cluster.sources.base import ChunkSource, TensorSource
 from gpuclust.errors import InputError, UnavailableError
 
 SHAPES = [("relu", 1500, 24, torch.float32), ("offset", 900, 1500, torch.float16), ("noise", 1500, 10, torch.float64)]

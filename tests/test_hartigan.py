@@ -12,7 +12,7 @@ from cases_cluster import mislabelled, reference_dist2, rows
 from gpuclust import KMeans
 from gpuclust.cluster import hartigan as hartigan_module
 from gpuclust.cluster.fit import Fit, fit_kmeans
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.sources.base import TensorSource
 from gpuclust.errors import UnavailableError
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

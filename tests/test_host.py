@@ -16,11 +16,11 @@ from cases_cluster import rows
 from cases_rows import Again, OneBuffer, cut, mapped, same
 
 from gpuclust import KMeans
-from gpuclust.cluster.arrays import to_rows
-from gpuclust.cluster.chunks import ChunksSource
-from gpuclust.cluster.host import HostSource
-from gpuclust.cluster.inputs import read_rows
-from gpuclust.cluster.source import TensorSource, WatchedSource
+from gpuclust.cluster.sources.arrays import to_rows
+from gpuclust.cluster.sources.base import TensorSource, WatchedSource
+from gpuclust.cluster.sources.chunks import ChunksSource
+from gpuclust.cluster.sources.host import HostSource
+from gpuclust.cluster.sources.inputs import read_rows
 from gpuclust.errors import InputError
 
 CPU = torch.device("cpu")

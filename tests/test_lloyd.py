@@ -17,7 +17,7 @@ from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.distributed import Group, OneProcess
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.sources.base import TensorSource
 
 
 def lloyd(

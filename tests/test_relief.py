@@ -14,7 +14,7 @@ from cases_cluster import rows
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.relief import relief, relieved
-from gpuclust.cluster.source import TensorSource, block_rows, chunk_rows, piece_rows, tile_rows
+from gpuclust.cluster.sources.base import TensorSource, block_rows, chunk_rows, piece_rows, tile_rows
 
 CPU = torch.device("cpu")
 ERRORS: dict[str, Callable[[], Exception]] = {

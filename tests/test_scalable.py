@@ -11,13 +11,14 @@ import pytest
 import torch
 from cases_cluster import blobs, reference_dist2, rows
 
-from gpuclust.cluster import KMeans, image, scalable
-from gpuclust.cluster.draws import RandomBits
+from gpuclust.cluster import KMeans
 from gpuclust.cluster.lloyd import Weights
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.scalable import OVERSAMPLING, ROUNDS, choose_scalable
-from gpuclust.cluster.seeding import choose_plus_plus
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.seeding import image, scalable
+from gpuclust.cluster.seeding.draws import RandomBits
+from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
+from gpuclust.cluster.seeding.scalable import OVERSAMPLING, ROUNDS, choose_scalable
+from gpuclust.cluster.sources.base import TensorSource
 
 BUDGET = 1 << 26
 

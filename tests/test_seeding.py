@@ -11,12 +11,12 @@ import torch
 from cases_cluster import blobs, reference_dist2, rows
 from scipy.stats import chisquare
 
-from gpuclust.cluster import image
 from gpuclust.cluster.distributed import Block
-from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.seeding import choose_plus_plus, choose_random
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.seeding import image
+from gpuclust.cluster.seeding.draws import RandomBits
+from gpuclust.cluster.seeding.plus_plus import choose_plus_plus, choose_random
+from gpuclust.cluster.sources.base import TensorSource
 
 BUDGET = 1 << 26
 

@@ -16,7 +16,7 @@ from gpuclust.cluster import sketch as module
 from gpuclust.cluster.backends.torch import TorchBackend, propose
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.sketch import Sketch, Sketches
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.sources.base import TensorSource
 
 
 def images(n: int, d: int, seed: int = 0, rank: int = 6) -> torch.Tensor:

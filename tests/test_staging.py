@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from gpuclust.cluster.staging import Piece, Staging
+from gpuclust.cluster.sources.staging import Piece, Staging
 
 CPU = torch.device("cpu")
 

@@ -133,7 +133,7 @@ def test_float16_scale_stays_where_a_later_batch_fits():
 
 
 def test_a_store_is_a_chunk_source_as_a_tensor_is():
-    from gpuclust.cluster.source import TensorSource
+    from gpuclust.cluster.sources.base import TensorSource
 
     store, tensor = filled([random(7, 4)], n=9), TensorSource(random(7, 4))
     assert (store.shape, store.dtype, store.device) == (tensor.shape, tensor.dtype, tensor.device)

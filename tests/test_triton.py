@@ -22,7 +22,7 @@ from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.backends.triton import Cascade, TritonBackend
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.predict import nearest
-from gpuclust.cluster.source import TensorSource
+from gpuclust.cluster.sources.base import TensorSource
 from gpuclust.errors import UnavailableError
 
 ROOT = Path(__file__).parents[1]

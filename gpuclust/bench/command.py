@@ -15,7 +15,7 @@ from gpuclust.bench.peers import choose_ops, choose_peers
 from gpuclust.bench.rows import append, check_file
 from gpuclust.bench.run import Bench
 from gpuclust.bench.show import lines
-from gpuclust.cluster.inputs import find_device
+from gpuclust.cluster.sources.inputs import find_device
 from gpuclust.config import environment
 from gpuclust.doctor import hardware
 from gpuclust.errors import GpuclustError

@@ -12,10 +12,10 @@ from gpuclust.bench.peers import OPS, Found, Peer, Stored, Work
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose, survey
 from gpuclust.cluster.backends.base import Problem
-from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.seeding import choose_plus_plus
-from gpuclust.cluster.source import TensorSource, chunk_rows
+from gpuclust.cluster.seeding.draws import RandomBits
+from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
+from gpuclust.cluster.sources.base import TensorSource, chunk_rows
 from gpuclust.errors import InputError, first_line
 
 _SEED_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}

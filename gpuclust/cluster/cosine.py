@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 
 from gpuclust.cluster.moments import centroid_dtype, largest_per_column
-from gpuclust.cluster.source import ChunkSource, block_rows, stage_bytes
+from gpuclust.cluster.sources.base import ChunkSource, block_rows, stage_bytes
 from gpuclust.cluster.sums import tree_sum
 from gpuclust.errors import InputError
 

@@ -32,7 +32,7 @@ from gpuclust.cluster.exact import decide, repeated_in
 from gpuclust.cluster.gram import Gram, U, gamma
 from gpuclust.cluster.lloyd import Lloyd, Solution
 from gpuclust.cluster.moments import centroid_dtype
-from gpuclust.cluster.source import take_rows, tile_rows
+from gpuclust.cluster.sources.base import take_rows, tile_rows
 
 # Values of the scores that are worked on at a time.
 _PIECE_VALUES = {"cpu": 1 << 20, "cuda": 1 << 26}

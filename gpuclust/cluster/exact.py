@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 
 from gpuclust.cluster.backends.base import SLICE, Candidates, Operand
-from gpuclust.cluster.source import block_rows
+from gpuclust.cluster.sources.base import block_rows
 from gpuclust.cluster.sums import tree_sum
 
 _U = 2.0**-24

@@ -15,16 +15,16 @@ from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Problem, WholeFit
 from gpuclust.cluster.cosine import HALF, unit_means
 from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, require_same
-from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.dual import Dual, Ending
 from gpuclust.cluster.hartigan import improve
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.relief import relief
-from gpuclust.cluster.scalable import choose_scalable
-from gpuclust.cluster.seeding import choose_plus_plus, choose_random
+from gpuclust.cluster.seeding.draws import RandomBits
+from gpuclust.cluster.seeding.plus_plus import choose_plus_plus, choose_random
+from gpuclust.cluster.seeding.scalable import choose_scalable
 from gpuclust.cluster.solver import BUDGET_BYTES, dual_together, plan, primal_together
-from gpuclust.cluster.source import ChunkSource, take_rows
+from gpuclust.cluster.sources.base import ChunkSource, take_rows
 from gpuclust.cluster.sums import total
 from gpuclust.errors import UnavailableError
 

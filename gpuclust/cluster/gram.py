@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.source import ChunkSource
+from gpuclust.cluster.sources.base import ChunkSource
 from gpuclust.config import environment
 
 U = 2.0**-53

@@ -31,7 +31,7 @@ from gpuclust.cluster.centres import Rounding
 from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.gram import gamma
 from gpuclust.cluster.lloyd import Lloyd, Solution, distances
-from gpuclust.cluster.source import tile_rows, tiles
+from gpuclust.cluster.sources.base import tile_rows, tiles
 from gpuclust.cluster.sums import total
 
 # What the rounding of distances and of a few operations with them can pretend to gain, as a share of them.

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 
 from gpuclust.arithmetic import full_precision
-from gpuclust.cluster.arrays import read_array
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Backend, Problem
 from gpuclust.cluster.cosine import HALF, UnitRows, require_directions, unit_rows
 from gpuclust.cluster.distributed import Block, Group, in_all, unshared
 from gpuclust.cluster.fit import Fit, fit_kmeans
-from gpuclust.cluster.inputs import Rows, is_real, is_whole, read_rows, read_weights
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.moments import centroid_dtype
 from gpuclust.cluster.portable import from_host, has_moved, is_here, to_host
 from gpuclust.cluster.predict import dist2_to_all, nearest
 from gpuclust.cluster.relief import relief
 from gpuclust.cluster.scikit import ScikitLearn
-from gpuclust.cluster.source import ChunkSource, TensorSource
+from gpuclust.cluster.sources.arrays import read_array
+from gpuclust.cluster.sources.base import ChunkSource, TensorSource
+from gpuclust.cluster.sources.inputs import Rows, is_real, is_whole, read_rows, read_weights
 from gpuclust.cluster.sums import total
 from gpuclust.config import BACKENDS, PRECISIONS, SOLVERS
 from gpuclust.errors import InputError, UnavailableError
@@ -46,7 +46,7 @@ class KMeans(ScikitLearn):
     n_clusters : int
     init : {"k-means++", "k-means||", "random"}, array (n_clusters, d) or callable ``init(X, n_clusters, random_state)``
         "k-means||" reads X a few times where k-means++ reads it once per cluster: for many clusters
-        (`gpuclust.cluster.scalable`).
+        (`gpuclust.cluster.seeding.scalable`).
     n_init : int or "auto"
         Restarts. "auto": 1 for k-means++, k-means|| and an array, 10 for random and a callable.
     max_iter : int
@@ -102,7 +102,7 @@ class KMeans(ScikitLearn):
     -----
     X is a torch tensor, a NumPy array, anything that offers DLPack or ``__cuda_array_interface__``, a memory-mapped
     .npy, chunks of rows (a list of arrays (b, d), or an object whose ``__iter__`` gives them anew each time, in a fixed
-    order), or a chunk source (`gpuclust.cluster.source.ChunkSource`); results are of the same kind on the same device.
+    order), or a chunk source (`gpuclust.cluster.sources`); results are of the same kind on the same device.
     What is streamed, from memory, a file or chunks, is read several times, and gives the same bits; if it changes
     meanwhile that is an error (`HostSource` says what is noticed in a file). A callable ``init`` gets it as it is.
     A pickled model has in host memory what lies on a device; where it is read the results go back to that device when

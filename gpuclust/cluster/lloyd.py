@@ -18,7 +18,7 @@ from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.relief import Relief
 from gpuclust.cluster.sketch import Sketches
-from gpuclust.cluster.source import ChunkSource, block_rows
+from gpuclust.cluster.sources.base import ChunkSource, block_rows
 from gpuclust.cluster.sums import Grid, power_of_two, total, tree_sum
 
 

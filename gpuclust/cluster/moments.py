@@ -9,7 +9,7 @@ import torch
 
 from gpuclust.cluster.distributed import Block, in_all
 from gpuclust.cluster.exact import Frame, reference_dist2
-from gpuclust.cluster.source import ChunkSource, block_rows
+from gpuclust.cluster.sources.base import ChunkSource, block_rows
 from gpuclust.cluster.sums import Grid, total
 from gpuclust.errors import InputError
 

@@ -9,7 +9,7 @@ import torch
 from gpuclust.cluster.backends.base import Backend
 from gpuclust.cluster.exact import Frame, reference_dist2
 from gpuclust.cluster.moments import centroid_dtype, largest_per_column
-from gpuclust.cluster.source import ChunkSource, block_rows
+from gpuclust.cluster.sources.base import ChunkSource, block_rows
 
 # Below this share of the squared norms, a distance by products has lost too much to cancellation.
 _CANCELLED = 2.0**-20

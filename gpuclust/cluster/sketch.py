@@ -26,7 +26,7 @@ from gpuclust.cluster.backends.base import Backend, Operand
 from gpuclust.cluster.backends.torch import propose
 from gpuclust.cluster.exact import FLOAT32, bounded, relative_error, summing_error
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.source import ChunkSource, block_rows, piece_rows, tile_rows, tiles
+from gpuclust.cluster.sources.base import ChunkSource, block_rows, piece_rows, tile_rows, tiles
 
 # Below so many values of X a pass costs less than the care for a sketch; with fewer rows, the centroids' own sketch.
 _LEAST_VALUES, _LEAST_ROWS = 1 << 20, 1 << 12

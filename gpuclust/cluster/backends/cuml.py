@@ -22,7 +22,7 @@ from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.moments import largest_per_column
-from gpuclust.cluster.source import ChunkSource, block_rows
+from gpuclust.cluster.sources.base import ChunkSource, block_rows
 from gpuclust.cluster.sums import total
 from gpuclust.errors import UnavailableError
 

@@ -17,7 +17,7 @@ import torch
 
 from gpuclust.cluster.backends.base import SLICE, Operand, Problem
 from gpuclust.cluster.exact import FLOAT16, Frame
-from gpuclust.cluster.source import chunk_rows
+from gpuclust.cluster.sources.base import chunk_rows
 from gpuclust.cluster.sums import Grid
 from gpuclust.kernels.launch import Launcher
 

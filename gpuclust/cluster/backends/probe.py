@@ -32,7 +32,7 @@ def differs(backend: Backend, device: torch.device) -> str | None:
 def _compare(backend: Backend, device: torch.device, n: int, d: int, k: int, r: int, dtype: torch.dtype) -> str | None:
     from gpuclust.cluster.backends.torch import TorchBackend
     from gpuclust.cluster.moments import Moments
-    from gpuclust.cluster.source import TensorSource
+    from gpuclust.cluster.sources.base import TensorSource
 
     x = (torch.randn(n, d, generator=torch.Generator().manual_seed(0)) + 0.5).to(device, dtype)
     source = TensorSource(x)

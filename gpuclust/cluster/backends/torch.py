@@ -15,7 +15,7 @@ import torch
 
 from gpuclust.cluster.backends.base import SLICE, Candidates, Operand, Problem
 from gpuclust.cluster.exact import Frame, decide
-from gpuclust.cluster.source import chunk_rows, piece_rows, tile_rows, tiles
+from gpuclust.cluster.sources.base import chunk_rows, piece_rows, tile_rows, tiles
 from gpuclust.cluster.sums import Grid
 
 # Adding a row to a sum takes as long as that many rows times one column of a product with the matrix of memberships.

@@ -26,7 +26,7 @@ from gpuclust.cluster.backends.base import Operand, Problem
 from gpuclust.cluster.backends.probe import differs
 from gpuclust.cluster.backends.torch import propose
 from gpuclust.cluster.exact import FLOAT16, Frame, decide
-from gpuclust.cluster.source import block_rows, chunk_rows, piece_rows
+from gpuclust.cluster.sources.base import block_rows, chunk_rows, piece_rows
 from gpuclust.cluster.sums import Grid
 
 _CAPABILITY = (8, 0)

@@ -1,7 +1,7 @@
 """How far the rows are from the rows that seeding has chosen so far, for every restart, and draws by that.
 
 A row is drawn with probability proportional to its squared distance, so a sum that rounds differently would draw
-another row. Here the distances are whole numbers (`gpuclust.cluster.image`), and potentials are int64. Where the image
+another row. Here the distances are whole numbers (`image.Image`), and potentials are int64. Where the image
 is too coarse for what is left to cover (tight groups beside a far outlier), the restart goes on with reference
 distances. With several processes a number of a row is its number among the rows of all.
 """
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
-from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.exact import reference_dist2
-from gpuclust.cluster.image import Image
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.source import ChunkSource, take_rows
+from gpuclust.cluster.seeding.draws import RandomBits
+from gpuclust.cluster.seeding.image import Image
+from gpuclust.cluster.sources.base import ChunkSource, take_rows
 from gpuclust.cluster.sums import total, totals
 
 # Below this mean distance, in steps of the image squared and per feature, its rounding (1/6) is a percent of it.

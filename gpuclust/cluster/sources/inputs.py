@@ -10,12 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpuclust.cluster.arrays import in_place, open_array, refuse_sparse, require_real, require_rows, row_dtype, to_rows
-from gpuclust.cluster.chunks import ChunksSource
 from gpuclust.cluster.distributed import Group, OneProcess, in_all, require_same
-from gpuclust.cluster.host import HostSource
-from gpuclust.cluster.mapped import Mapped
-from gpuclust.cluster.source import ChunkSource, TensorSource
+from gpuclust.cluster.sources.arrays import (
+    in_place,
+    open_array,
+    refuse_sparse,
+    require_real,
+    require_rows,
+    row_dtype,
+    to_rows,
+)
+from gpuclust.cluster.sources.base import ChunkSource, TensorSource
+from gpuclust.cluster.sources.chunks import ChunksSource
+from gpuclust.cluster.sources.host import HostSource
+from gpuclust.cluster.sources.mapped import Mapped
 from gpuclust.config import show_bytes
 from gpuclust.errors import InputError, UnavailableError
 from gpuclust.free import free_bytes

@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from gpuclust.cluster.arrays import copy_rows, in_place, row_dtype, to_rows
-from gpuclust.cluster.checksum import Unchanged
-from gpuclust.cluster.mapped import Mapped
-from gpuclust.cluster.source import stage_bytes
-from gpuclust.cluster.staging import Piece, Staging
+from gpuclust.cluster.sources.arrays import copy_rows, in_place, row_dtype, to_rows
+from gpuclust.cluster.sources.base import stage_bytes
+from gpuclust.cluster.sources.checksum import Unchanged
+from gpuclust.cluster.sources.mapped import Mapped
+from gpuclust.cluster.sources.staging import Piece, Staging
 
 # Of rows in host memory, whose every byte is worth a look on a GPU alone, every so many count for the checksum.
 _SAMPLED = 64
@@ -25,7 +25,7 @@ _AROUND_BYTES = 64 << 10
 class HostSource:
     """Rows in host memory or in a memory-mapped file, for a device that does not hold them.
 
-    For CUDA, and where rows must be converted, chunks go through `gpuclust.cluster.staging.Staging`; else they are
+    For CUDA, and where rows must be converted, chunks go through `staging.Staging`; else they are
     views, and the pages of a file are given back after each. A large file that is stored columns first is read some
     columns at a time, since a chunk's rows are in as many places of it.
 

@@ -7,10 +7,10 @@ from functools import partial
 
 import torch
 
-from gpuclust.cluster.arrays import copy_rows
-from gpuclust.cluster.checksum import Unchanged
-from gpuclust.cluster.source import stage_bytes
-from gpuclust.cluster.staging import Piece, Staging
+from gpuclust.cluster.sources.arrays import copy_rows
+from gpuclust.cluster.sources.base import stage_bytes
+from gpuclust.cluster.sources.checksum import Unchanged
+from gpuclust.cluster.sources.staging import Piece, Staging
 from gpuclust.errors import InputError
 
 

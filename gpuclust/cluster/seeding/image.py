@@ -7,7 +7,7 @@ import math
 import torch
 
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.source import ChunkSource, block_rows, tile_rows, tiles
+from gpuclust.cluster.sources.base import ChunkSource, block_rows, tile_rows, tiles
 
 # Points that share one conversion of a chunk of rows.
 _POINTS = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from gpuclust.cluster.source import block_rows
+from gpuclust.cluster.sources.base import block_rows
 from gpuclust.errors import InputError
 
 

@@ -2,7 +2,7 @@
 
 Each round draws ``OVERSAMPLING`` k rows by their squared distances to the rows drawn so far, all of them at once; after
 ``ROUNDS`` rounds each drawn row weighs what the rows weigh that are nearest to it, and the greedy k-means++ of
-`gpuclust.cluster.seeding` chooses k of them by these weights. Where fewer than k of them have weight, rounds go on as
+`plus_plus` chooses k of them by these weights. Where fewer than k of them have weight, rounds go on as
 long as a row is left uncovered.
 
 Source: Bahmani, Moseley, Vattani, Kumar and Vassilvitskii, "Scalable k-means++", VLDB 2012: an oversampling of 2 k and
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 
 import torch
 
-from gpuclust.cluster.cover import Cover
-from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.lloyd import Weights
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.seeding import choose_plus_plus
-from gpuclust.cluster.source import ChunkSource, TensorSource, block_rows
+from gpuclust.cluster.seeding.cover import Cover
+from gpuclust.cluster.seeding.draws import RandomBits
+from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
+from gpuclust.cluster.sources.base import ChunkSource, TensorSource, block_rows
 
 OVERSAMPLING = 2
 ROUNDS = 5

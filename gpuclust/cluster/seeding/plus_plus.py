@@ -1,7 +1,7 @@
 """Where the restarts begin: greedy k-means++ or random distinct rows, the same on any device and for any chunks.
 
-Draws are by exact whole-number distances (`gpuclust.cluster.cover`) and counter-based random numbers
-(`gpuclust.cluster.draws`). `gpuclust.cluster.scalable` has k-means||.
+Draws are by exact whole-number distances (`gpuclust.cluster.seeding.cover`) and counter-based random numbers
+(`gpuclust.cluster.seeding.draws`). `gpuclust.cluster.seeding.scalable` has k-means||.
 
 Source: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007; the greedy form takes the
 best of 2 + log k draws, as scikit-learn's does.
@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from gpuclust.cluster.cover import Cover
 from gpuclust.cluster.distributed import Block
-from gpuclust.cluster.draws import RandomBits
 from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.source import ChunkSource
+from gpuclust.cluster.seeding.cover import Cover
+from gpuclust.cluster.seeding.draws import RandomBits
+from gpuclust.cluster.sources.base import ChunkSource
 
 
 def choose_random(block: Block, k: int, seed: int, restarts: range, weights: torch.Tensor | None) -> list[list[int]]:
