@@ -110,7 +110,7 @@ def covering(most_products: int = 12_000_000) -> list[Case]:
     failed = 0
     while wanted and failed < 400:
         best, gain = None, 0
-        start = sorted(wanted, key=str)[rng.randint(len(wanted))]
+        start = sorted(wanted, key=lambda pair: sorted(map(str, pair)))[rng.randint(len(wanted))]
         for _ in range(40):
             values = {name: options[rng.randint(len(options))] for name, options in PROPERTIES.items()} | dict(start)
             covered = len(wanted & _pairs(values))
