@@ -285,6 +285,10 @@ def test_the_choice_is_by_predicted_time() -> None:
     assert many.choose("auto") == "primal"
     assert large.choose("auto") == "primal"  # its matrix takes more than is used without a limit
     assert "beside the rows, of 537 MB" in str(large.refused)
+    near = plan(2000, 6000, 40, 10, "cpu", None)  # its matrix is two thirds of the rows
+    assert near.dual_s < near.primal_s
+    assert near.choose("auto") == "primal"
+    assert plan(2000, 6000, 40, 10, "cpu", None, asked=True).choose("dual") == "dual"
     roomy = plan(9000, 200_000, 100, 10, "cpu", 8 << 30)
     assert roomy.choose("auto") == "dual"
     assert roomy.choose("primal") == "primal"

@@ -101,6 +101,8 @@ def plan(
         refused = f"{ranks} processes share the rows, and it needs all of them in one"
     elif not resident:
         refused = "the rows are streamed (from a file, memory or chunks), and it needs them on the device"
+    elif not asked and d < 4 * n:
+        refused = "its matrix would take more than half of what the rows take"
     elif dual_bytes > budget and (memory_limit is not None or not asked):
         refused = f"it takes {show_bytes(dual_bytes)} beside the rows, of {show_bytes(budget)}"
     return Plan(primal_s, primal_bytes, dual_s, dual_bytes, refused)
