@@ -54,7 +54,7 @@ def lloyd_of(x: torch.Tensor, weights: torch.Tensor | None = None, **options: An
     shares = None if weights is None else Weights(weights)
     moments = Moments.of(source, None if shares is None else shares.lightest)
     given = {"max_iter": 300, "tol": 0.0, "precision": "exact", **options}
-    return Lloyd(TorchBackend(), source, moments, moments.block.group, shares, lambda restarts: 64, **given)
+    return Lloyd(TorchBackend(), source, moments, moments.block.group, shares, lambda restarts: 64, 1 << 30, **given)
 
 
 # ---- the primal's bits

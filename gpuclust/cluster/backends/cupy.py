@@ -84,7 +84,7 @@ class CupyBackend:
             return "torch finds no CUDA device"
         if torch.version.cuda is None:
             return "this torch is not built for NVIDIA's CUDA"
-        best = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        best = max((torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())), default=(0, 0))
         if best < (8, 0):
             return f"its kernels need compute capability 8.0; this machine has {best[0]}.{best[1]}"
         return None
