@@ -116,7 +116,8 @@ class Setup:
         for layer in self.layers:
             sizes = self.images.n, layer.values, self.clusters
             choose(settings.backend, Problem(*sizes, self.dtype, self.device, False, settings.n_init))
-            plan_solver(*sizes, settings.n_init, self.device.type, limit).choose(settings.solver)
+            asked = settings.solver == "dual"
+            plan_solver(*sizes, settings.n_init, self.device.type, limit, asked=asked).choose(settings.solver)
 
     def describe(self, model: Any, data: Any) -> dict[str, Any]:
         """What a report says of the circumstances, for JSON; ``model`` and ``data`` as they were given."""

@@ -324,7 +324,7 @@ def test_precision_and_restarts_reach_k_means(folder: Path) -> None:
 def test_a_layer_whose_fit_ran_out_of_memory_has_a_note_and_the_same_clusters(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = gpuclust.analyze(model(), folder, layers="conv1")
+    plain = gpuclust.analyze(model(), folder, layers="conv1", solver="primal")
     assign, calls = TorchBackend.assign, list[int]()
 
     def scarce(self: TorchBackend, *arguments: Any) -> Any:
@@ -334,7 +334,7 @@ def test_a_layer_whose_fit_ran_out_of_memory_has_a_note_and_the_same_clusters(
         return assign(self, *arguments)
 
     monkeypatch.setattr(TorchBackend, "assign", scarce)
-    found = gpuclust.analyze(model(), folder, layers="conv1")
+    found = gpuclust.analyze(model(), folder, layers="conv1", solver="primal")
     assert "memory ran out" in found.results[0].notes["k-means"]
     np.testing.assert_array_equal(found.results[0].labels, plain.results[0].labels)
     assert found.results[0].inertia == plain.results[0].inertia

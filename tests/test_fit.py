@@ -200,7 +200,7 @@ def test_the_first_bad_value_is_named(value: float, dtype: torch.dtype, monkeypa
     x = rows("noise", 500, 6, dtype)
     x[321, 4] = value
     x[400, 1] = float("nan")
-    for name in ("source", "moments"):
+    for name in ("sources.base", "moments"):
         monkeypatch.setattr(f"gpuclust.cluster.{name}.block_rows", lambda d, device: 50)
     with pytest.raises(InputError, match=rf"{value} in row 321, column 4"):
         fit(x)

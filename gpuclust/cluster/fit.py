@@ -220,7 +220,7 @@ def fit_kmeans(
         dual = None
         together = primal_together(block.most, d, k, n_init, budget)
         if solver == "dual":
-            dual = Dual(lloyd, memory_limit)
+            dual = alone(partial(Dual, lloyd, memory_limit))
             together = dual_together(n, d, k, n_init, budget)
             budget = max(1, budget - 8 * n * n)  # what is left to seeding beside the matrix
             watch.lap("gram_s")
@@ -234,7 +234,7 @@ def fit_kmeans(
             ended: list[Ending | Solution] = []
             if dual:
                 watch.lap("seed_s")
-                endings, found = dual.run(rows or given)
+                endings, found = alone(partial(dual.run, rows or given))
                 ended += endings
             else:
                 centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
