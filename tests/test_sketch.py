@@ -31,6 +31,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LEAST_VALUES", 0)
     monkeypatch.setattr(module, "_LEAST_ROWS", 0)
     monkeypatch.setattr(module, "_WORTH", 100.0)
+    monkeypatch.setattr(module, "_FEWEST", 1)
 
 
 def open_and_certain(x: torch.Tensor, centroids: torch.Tensor, basis: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -26,14 +26,16 @@ from gpuclust.cluster.backends.base import Backend, Operand
 from gpuclust.cluster.backends.torch import propose
 from gpuclust.cluster.exact import FLOAT32, bounded, relative_error, summing_error
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.sources.base import ChunkSource, block_rows, piece_rows, tile_rows, tiles
+from gpuclust.cluster.sources.base import ChunkSource, block_rows, tile_rows, tiles
 
 # Below so many values of X a pass costs less than the care for a sketch; with fewer rows, the centroids' own sketch.
 _LEAST_VALUES, _LEAST_ROWS = 1 << 20, 1 << 12
 # Dimensions of a sketch at most, and the share of d that they may be.
 _MOST, _SHARE = 64, 12
 # Fewer dimensions are not worth a pass.
-_FEWEST = 4
+_FEWEST = 8
+# Centroids that a space is for, at most: finding it takes the cube of them.
+_MOST_CENTROIDS = 256
 # Rows on which a sketch is tried, and the part of a pass's price that it may cost.
 _SAMPLE, _WORTH = 512, 0.4
 # Passes before the first sketch: until then the centroids move too far.
@@ -87,7 +89,7 @@ class Sketch:
         return (values.double() - self.frame.centre[span]).mul_(self.frame.scale)
 
     def _basis(self, centroids: torch.Tensor, most: int) -> torch.Tensor:
-        moved = self._moved(centroids.flatten(0, 1))
+        moved = self._moved(centroids.flatten(0, 1))[:_MOST_CENTROIDS]
         vectors = torch.linalg.eigh(moved @ moved.t()).eigenvectors
         leading = moved.t() @ vectors[:, -most:]
         return torch.linalg.qr(leading / torch.linalg.vector_norm(leading, dim=0).clamp(min=2.0**-500)).Q
@@ -169,13 +171,8 @@ class Sketches:
         """Label the rows in the sketch: for each restart, the rows that are left open."""
         assert self.sketch is not None
         rows, norms = self.sketch.rows, self.sketch.norms
-        size = piece_rows(len(operand.matrix), rows.shape[1], rows.device)
-        r, found = len(labels), []
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            row, restart, _ = propose(rows[part], norms[part], operand, labels[:, part])
-            found.append((row + start) * r + restart)
-        pairs = torch.cat(found).unique_consecutive()
+        r, (row, restart, _) = len(labels), propose(rows, norms, operand, labels)
+        pairs = (row * r + restart).unique_consecutive()
         return [pairs[pairs % r == i] // r for i in range(r)]
 
     def _read(self, open_rows: list[torch.Tensor], operand: Operand, labels: torch.Tensor, precision: str) -> int:

@@ -47,14 +47,7 @@ class TorchBackend:
     def assign(
         self, x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor, precision: str
     ) -> torch.Tensor:
-        r, k, d = operand.centroids.shape
-        size = piece_rows(r * k, d, x.device)
-        found = []
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            row, restart, centroid = propose(x[part], norms[part], operand, labels[:, part])
-            found.append(Candidates(row + start, restart, centroid))
-        candidates = Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        candidates = propose(x, norms, operand, labels)
         if precision == "fast":
             return torch.zeros((), dtype=torch.int64, device=x.device)
         return decide(x, operand.centroids, candidates, labels)
@@ -99,54 +92,101 @@ class TorchBackend:
 def propose(x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor) -> Candidates:
     """Label the rows (b, d) of a chunk by their least scores in float32, ``labels`` (r, b); and what is not certain.
 
-    First with one bound per row, the largest of its centroids', in few trips over the scores; then, for the few rows
-    that it leaves open, with the bound of each centroid.
+    First, piece by piece, with one bound per row, the largest of its centroids', in few trips over the scores; then,
+    for the few rows that it leaves open, with the bound of each centroid.
     """
-    r, k, _ = operand.centroids.shape
-    high, low, slope = (part.view(r, k, 1) for part in (operand.high, operand.low, operand.slope))
-    margin = (high - low) / 2
-    scores = _scores(x, operand, operand.high - margin.view(-1, 1)).view(r, k, -1)
-    reach = (slope.amax(1, keepdim=True) * norms + margin.amax(1, keepdim=True)) * (2 + 2.0**-18)
-    if k < 4 * _GROUP:
-        label, within = _least(scores, scores.amin(1, keepdim=True), reach)
-    else:
-        # One trip finds the least of each group; what follows looks at groups, then into the one of the least.
-        whole = k // _GROUP * _GROUP
-        groups = scores[:, :whole].unflatten(1, (-1, _GROUP)).amin(2)
-        if whole < k:
-            groups = torch.cat([groups, scores[:, whole:].amin(1, keepdim=True)], 1)
-        least = groups.amin(1, keepdim=True)
-        group, alone = _least(groups, least, reach)
-        inside = (group[:, None] * _GROUP).long() + torch.arange(_GROUP, device=x.device)[:, None]
-        some = scores.gather(1, inside.clamp(max=k - 1))
-        label, within = _least(some.masked_fill_(inside >= k, math.inf), least, reach)
-        label += group * _GROUP
-        within = torch.maximum(within, alone)
-    labels.copy_(label)
-    # Not ">=": what is not a number stays open.
-    row, restart = (within < reach[:, 0] * (1 + 2.0**-21)).logical_not_().t().nonzero(as_tuple=True)
-    if row.numel() == 0:
-        return Candidates(row, restart, row)
-    some = scores[restart, :, row]
-    bound = slope[restart, :, 0] * norms[row, None] + margin[restart, :, 0]
-    possible = (some - bound > (some + bound).amin(1, keepdim=True)).logical_not_()
+    r, k, d = operand.centroids.shape
+    size = min(len(x), piece_rows(r * k, d, x.device))
+    look = _Look(operand, size, x.device)
+    left = []
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        row, restart, scores = look(x[part], norms[part], labels[:, part])
+        left.append((row + start, restart, scores))
+    row, restart, scores = (torch.cat(parts) for parts in zip(*left, strict=True))
+    bound = look.slope[restart, :, 0] * norms[row, None] + look.margin[restart, :, 0]
+    # Not "<=": what is not a number must stay possible.
+    possible = (scores - bound > (scores + bound).amin(1, keepdim=True)).logical_not_()
     # Where one is left it is the one of the least score.
     which, centroid = possible.logical_and_((possible.sum(1) != 1)[:, None]).nonzero(as_tuple=True)
     return Candidates(row[which], restart[which], centroid)
 
 
-def _least(scores: torch.Tensor, least: torch.Tensor, reach: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first index of the ``least`` (r, 1, b) of scores (r, m, b), and how much of them is within ``reach`` of it.
+class _Look:
+    """The first look at pieces of at most ``size`` rows: what is the same for all of them, and memory for the scores.
 
-    The least itself counts as ``reach`` and any other as at least 2**-20 of that: float32 (r, b), ``reach`` where it is
-    alone, and no number where a score is none.
+    A fresh tensor for the scores of each piece would cost more than the scores: its pages come from the system.
     """
-    above = scores - least
-    # What is above the least becomes huge, so that the least of these is the first index of the least score.
-    index = torch.arange(scores.shape[1], device=scores.device, dtype=torch.float32)[:, None]
-    work = torch.add(index, above, alpha=2.0**126)
-    first = work.amin(1).nan_to_num_(0.0, 0.0)
-    return first, torch.sub(reach, above, out=work).clamp_(min=0).sum(1)
+
+    def __init__(self, operand: Operand, size: int, device: torch.device) -> None:
+        self.operand = operand
+        r, k = operand.centroids.shape[:2]
+        high, low, self.slope = (part.view(r, k, 1) for part in (operand.high, operand.low, operand.slope))
+        self.margin = (high - low) / 2
+        self.bias = (high - self.margin).view(r * k, 1)
+        self.most = self.slope.amax(1, keepdim=True), self.margin.amax(1, keepdim=True)
+        self.index = torch.arange(k, device=device, dtype=torch.float32)[:, None]
+        self.scores, self.work = (torch.empty(r * k * size, dtype=torch.float32, device=device) for _ in range(2))
+
+    def __call__(
+        self, x: torch.Tensor, norms: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Label the rows (b, d): the row, the restart (p,) and the scores (p, k) of each label that is not certain."""
+        r, k, _ = self.operand.centroids.shape
+        b = len(x)
+        scores = self._score(x).view(r, k, b)
+        slope, margin = self.most
+        reach = (slope * norms + margin) * (2 + 2.0**-18)
+        if k < 4 * _GROUP:
+            work = self.work[: r * k * b].view(r, k, b)
+            label, within = self._least(scores.sub_(scores.amin(1, keepdim=True)), reach, work)
+        else:
+            # One trip finds the least of each group; what follows looks at groups, then into the one of the least.
+            whole = k // _GROUP * _GROUP
+            groups = scores[:, :whole].unflatten(1, (-1, _GROUP)).amin(2)
+            if whole < k:
+                groups = torch.cat([groups, scores[:, whole:].amin(1, keepdim=True)], 1)
+            least = groups.amin(1, keepdim=True)
+            group, alone = self._least(groups.sub_(least), reach)
+            inside = group[:, None] * _GROUP + self.index[:_GROUP]
+            some = scores.gather(1, inside.clamp(max=k - 1).long())
+            label, within = self._least(some.sub_(least).masked_fill_(inside >= k, math.inf), reach)
+            label += group * _GROUP
+            within = torch.maximum(within, alone)
+        labels.copy_(label)
+        # Not ">=": what is not a number stays open.
+        row, restart = (within < reach[:, 0] * (1 + 2.0**-21)).logical_not_().t().nonzero(as_tuple=True)
+        return row, restart, scores[restart, :, row]
+
+    def _least(
+        self, above: torch.Tensor, reach: torch.Tensor, work: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first index of the least of scores less their least, (r, m, b), and how much is within ``reach`` of it.
+
+        The least itself counts as ``reach`` and any other as at least 2**-20 of that: float32 (r, b), ``reach`` where
+        it is alone, and no number where a score is none.
+        """
+        # What is above the least becomes huge, so that the least of these is the first index of the least score.
+        work = torch.add(self.index[: above.shape[1]], above, alpha=2.0**126, out=work)
+        first = work.amin(1).nan_to_num_(0.0, 0.0)
+        return first, torch.sub(reach, above, out=work).clamp_(min=0).sum(1)
+
+    def _score(self, x: torch.Tensor) -> torch.Tensor:
+        """bias + x^ . matrix as float32 (r * k, b), each slice of features summed apart."""
+        operand, (b, d) = self.operand, x.shape
+        size = len(operand.matrix) * b
+        total, product = self.scores[:size].view(-1, b), self.work[:size].view(-1, b)
+        for start in range(0, d, SLICE):
+            end = start + SLICE
+            block = x[:, start:end]
+            if operand.shift is not None:
+                block = (block.to(operand.shift.dtype) * operand.scale).sub_(operand.shift[start:end]).float()
+            matrix = operand.matrix[:, start:end]
+            if start == 0:
+                torch.addmm(self.bias, matrix, block.t(), out=total)
+            else:
+                total += torch.mm(matrix, block.t(), out=product)
+        return total
 
 
 def _tiles(count: int, x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
@@ -165,17 +205,3 @@ def _terms(
     if weights is not None:
         values *= weights[rows, None]
     return grid.split(values, span.start)
-
-
-def _scores(x: torch.Tensor, operand: Operand, bias: torch.Tensor) -> torch.Tensor:
-    """bias + x^ . matrix as float32 (r * k, b), each slice of features summed apart."""
-    total: torch.Tensor | None = None
-    for start in range(0, x.shape[1], SLICE):
-        end = start + SLICE
-        block = x[:, start:end]
-        if operand.shift is not None:
-            block = (block.to(operand.shift.dtype) * operand.scale).sub_(operand.shift[start:end]).float()
-        matrix = operand.matrix[:, start:end]
-        total = torch.addmm(bias, matrix, block.t()) if total is None else total.add_(torch.mm(matrix, block.t()))
-    assert total is not None
-    return total
