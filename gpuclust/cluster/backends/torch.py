@@ -96,7 +96,8 @@ def propose(x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torc
     for the few rows that it leaves open, with the bound of each centroid.
     """
     r, k, d = operand.centroids.shape
-    size = min(len(x), piece_rows(r * k, d, x.device))
+    # With groups most trips are over a part of the scores: then fewer pieces are worth a larger one.
+    size = min(len(x), piece_rows(r * k, d, x.device) * (2 if k >= 4 * _GROUP else 1))
     look = _Look(operand, size, x.device)
     left = []
     for start in range(0, len(x), size):
