@@ -141,6 +141,7 @@ def fit_kmeans(
     """
     d, device, group = source.shape[1], source.device, group or OneProcess()
     watch = _Watch(device)
+    _keep_freed_memory(device)
     with full_precision(device), relief(device) as room:
         # Others wait for what a process repeats, where repeating is more than a pass: then it is not repeated.
         alone = room.run if group.size == 1 else lambda attempt: attempt()
@@ -352,6 +353,16 @@ def _same(one: Solution, other: Solution, block: Block) -> bool:
         ordered.append((order.argsort()[solution.labels.long()], solution.centroids[order]))
     differs = [not torch.equal(mine, its) for mine, its in zip(*ordered, strict=True)]
     return not bool(block.max(torch.tensor([any(differs)], dtype=torch.int64, device=one.labels.device)))
+
+
+def _keep_freed_memory(device: torch.device) -> None:
+    """Let the C library keep what tensors of up to this size free, for the next ones of their kind.
+
+    glibc gives large pieces back to the system at once, until it has seen one of that size freed: without this each of
+    a pass's tensors would have its pages from the system anew. Nothing is written, so it takes no time.
+    """
+    if device.type == "cpu":
+        torch.empty(31 << 20, dtype=torch.uint8)
 
 
 class _Watch:
