@@ -342,3 +342,9 @@ def test_the_estimator_takes_it_for_any_data_and_refuses_streams(tmp_path: Any) 
         KMeans(5, solver="dual").fit([x[:100], x[100:]])
     with pytest.raises(UnavailableError, match="beside the rows"):
         KMeans(5, solver="dual", memory_limit=100_000).fit(x)
+
+
+def test_a_matrix_that_no_memory_holds_is_refused_beforehand() -> None:
+    x = torch.zeros(1, 4).expand(3_000_000, 4)  # of which the matrix would have 72 TB
+    with pytest.raises(UnavailableError, match="solver='dual' cannot run here: it takes"):
+        fit_kmeans(TensorSource(x), 2, solver="dual")

@@ -27,6 +27,7 @@ from gpuclust.cluster.solver import BUDGET_BYTES, dual_together, plan, primal_to
 from gpuclust.cluster.sources.base import ChunkSource, take_rows
 from gpuclust.cluster.sums import total
 from gpuclust.errors import UnavailableError
+from gpuclust.free import free_bytes
 
 # Algebraic inertias that differ by less than this share of the spread are told apart by the rows themselves.
 _ALIKE = 2.0**-36
@@ -182,8 +183,10 @@ def fit_kmeans(
                 weights=weights,
             )
         with in_all(group):
+            # The dual solver that is asked for may take all there is, and no more.
+            room_bytes = free_bytes(device) if solver == "dual" and memory_limit is None else memory_limit
             costs = plan(
-                *(n, d, k, n_init, device.type, memory_limit),
+                *(n, d, k, n_init, device.type, room_bytes),
                 resident=source.resident,
                 ranks=group.size,
                 asked=solver == "dual",
