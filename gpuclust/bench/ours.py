@@ -15,6 +15,7 @@ from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.seeding.draws import RandomBits
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
+from gpuclust.cluster.solver import plan
 from gpuclust.cluster.sources.base import TensorSource, chunk_rows
 from gpuclust.errors import InputError, first_line
 
@@ -56,6 +57,8 @@ class Ours(Peer):
     def refuses(self, case: Case, device: torch.device) -> str | None:
         try:
             choose(self.backend, Problem(case.n, case.d, case.k, case.torch_dtype, device, False, case.n_init))
+            if self.solver == "dual":  # measured only where "auto" may take it
+                plan(case.n, case.d, case.k, case.n_init, device.type, None).choose("dual")
         except InputError as error:
             return first_line(error)
         return None
