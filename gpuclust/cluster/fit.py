@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpuclust.arithmetic import full_precision
@@ -362,10 +363,10 @@ def _keep_freed_memory(device: torch.device) -> None:
     """Let the C library keep what tensors of up to this size free, for the next ones of their kind.
 
     glibc gives large pieces back to the system at once, until it has seen one of that size freed: without this each of
-    a pass's tensors would have its pages from the system anew. Nothing is written, so it takes no time.
+    a pass's tensors would have its pages from the system anew. Nothing is written, so it takes neither time nor memory.
     """
     if device.type == "cpu":
-        torch.empty(31 << 20, dtype=torch.uint8)
+        np.empty(31 << 20, np.uint8)
 
 
 class _Watch:
