@@ -94,7 +94,8 @@ def test_chunks_that_do_not_fit_together_are_refused(given: Any, says: str) -> N
 
 
 def test_sparse_chunks_and_too_many_clusters_are_refused() -> None:
-    sparse = pytest.importorskip("scipy.sparse")
+    from scipy import sparse
+
     for given in ([sparse.eye(3).tocsr()], [torch.eye(3), torch.eye(3).to_sparse()]):
         with pytest.raises(TypeError, match="Sparse data"):
             KMeans(2).fit(given)

@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 from cases_cluster import blobs, reference_dist2, rows
+from cases_seeding import BUDGET, check_draws
 
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.lloyd import Weights
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.seeding import image, scalable
+from gpuclust.cluster.seeding import scalable
 from gpuclust.cluster.seeding.draws import RandomBits
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
 from gpuclust.cluster.seeding.scalable import OVERSAMPLING, ROUNDS, choose_scalable
 from gpuclust.cluster.sources.base import TensorSource
-
-BUDGET = 1 << 26
 
 
 class Counting(TensorSource):
@@ -100,24 +99,7 @@ def test_drawn_rows_weigh_what_is_nearest_to_them(weighted: bool, monkeypatch: p
 def test_draws_do_not_depend_on_chunks_memory_threads_or_the_other_restarts(
     kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = rows(kind, 500, 8)
-    weights = np.random.RandomState(0).exponential(size=500) if weighted else None
-    whole = choose(x, 12, range(4), weights=weights)
-    assert choose(x, 12, range(2, 4), weights=weights) == whole[2:]
-    assert choose(x, 12, range(4), weights=weights, budget=1) == whole
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            assert choose(x, 12, range(4), weights=weights) == whole
-    finally:
-        torch.set_num_threads(threads)
-    monkeypatch.setattr(image, "tile_rows", lambda d, device: 13)
-    monkeypatch.setattr(image, "block_rows", lambda d, device: 5)
-    monkeypatch.setattr(image, "_POINTS", 3)
-    for budget in (1, BUDGET):
-        assert choose(x, 12, range(4), weights=weights, budget=budget) == whole
-    assert choose(x, 12, range(4), weights=weights, seed=1) != whole
+    check_draws(choose, kind, weighted, monkeypatch)
 
 
 def test_no_bit_of_a_fit_depends_on_the_chunk_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 import torch
 from cases_cluster import blobs, reference_dist2, rows
+from cases_seeding import BUDGET, check_draws
 from scipy.stats import chisquare
 
 from gpuclust.cluster.distributed import Block
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.seeding import image
 from gpuclust.cluster.seeding.draws import RandomBits
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus, choose_random
 from gpuclust.cluster.sources.base import TensorSource
-
-BUDGET = 1 << 26
 
 
 def plus_plus(
@@ -117,22 +115,7 @@ def test_every_distinct_row_is_drawn_before_any_repeats() -> None:
 def test_draws_do_not_depend_on_chunks_memory_threads_or_the_other_restarts(
     kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = rows(kind, 500, 8)
-    weights = np.random.RandomState(0).exponential(size=500) if weighted else None
-    whole = plus_plus(x, 12, range(6), weights=weights)
-    assert plus_plus(x, 12, range(2, 4), weights=weights) == whole[2:4]
-    assert plus_plus(x, 12, range(6), weights=weights, budget=1) == whole
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            assert plus_plus(x, 12, range(6), weights=weights) == whole
-    finally:
-        torch.set_num_threads(threads)
-    monkeypatch.setattr(image, "tile_rows", lambda d, device: 13)
-    for budget in (1, BUDGET):
-        assert plus_plus(x, 12, range(6), weights=weights, budget=budget) == whole
-    assert plus_plus(x, 12, range(6), weights=weights, seed=1) != whole
+    check_draws(plus_plus, kind, weighted, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

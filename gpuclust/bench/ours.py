@@ -15,11 +15,10 @@ from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.seeding.draws import RandomBits
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
-from gpuclust.cluster.solver import plan
+from gpuclust.cluster.solver import budget_bytes, plan
 from gpuclust.cluster.sources.base import TensorSource, chunk_rows
 from gpuclust.errors import InputError, first_line
 
-_SEED_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 # Whole fits of another library, outside the promise of exact labels.
 _FOREIGN = ("cuml",)
 
@@ -112,8 +111,8 @@ class Ours(Peer):
 
         def call() -> torch.Tensor:
             with full_precision(device):
-                budget = _SEED_BYTES.get(device.type, 512 << 20)
-                (chosen,) = choose_plus_plus(source, moments, k, [RandomBits(seed, 0)], None, budget)
+                bits, budget = [RandomBits(seed, 0)], budget_bytes(device.type)
+                (chosen,) = choose_plus_plus(source, moments, k, bits, None, budget)
                 return source.take(torch.as_tensor(chosen, device=device))
 
         return Work(call, lambda centroids: [Found(centroids)])

@@ -30,7 +30,7 @@ from gpuclust.cluster.backends.base import Candidates
 from gpuclust.cluster.centres import Centres, Rounding, per_cluster
 from gpuclust.cluster.exact import decide, repeated_in
 from gpuclust.cluster.gram import Gram, U, gamma
-from gpuclust.cluster.lloyd import Lloyd, Solution
+from gpuclust.cluster.lloyd import Lloyd, Solution, numbered
 from gpuclust.cluster.moments import centroid_dtype
 from gpuclust.cluster.sources.base import take_rows, tile_rows
 
@@ -69,8 +69,7 @@ class Dual:
         self.gram = Gram(lloyd.source, lloyd.moments, memory_limit)
         self.rounding = Rounding(lloyd.moments, lloyd.weights, lloyd.source.dtype)
         self.dtype = centroid_dtype(lloyd.source.dtype)
-        # Squares so small have lost digits: nothing can be certified.
-        self.certain = lloyd.moments.frame.far2 >= 2.0**-900 or lloyd.source.dtype != torch.float64
+        self.certain = not lloyd.moments.frame.vanishing or lloyd.source.dtype != torch.float64
 
     def run(self, starts: Sequence[list[int] | torch.Tensor]) -> tuple[list[Ending], list[Solution]]:
         """Iterate from rows (k numbers) or centroids (k, d) of each restart: where all ended, and what may win."""
@@ -305,7 +304,7 @@ class Dual:
             if one.inertia - one.bound > least:
                 continue
             repeats = torch.equal(one.centres.home[0], one.labels)
-            partition = self._partition(one.labels, len(one.mass))
+            partition, _ = numbered(one.labels, len(one.mass), self.moments.block)
             if repeats and any(torch.equal(partition, other) for other in seen):
                 continue
             if repeats:
@@ -319,10 +318,3 @@ class Dual:
             inertia = self.lloyd.inertia(centroids, sums, one.mass)
             solutions.append(Solution(centroids, one.labels, inertia, one.n_iter, one.shifts))
         return solutions
-
-    @staticmethod
-    def _partition(labels: torch.Tensor, k: int) -> torch.Tensor:
-        """The labels (n,) with clusters numbered in the order of their first rows."""
-        rows = torch.arange(len(labels), device=labels.device)
-        first = rows.new_full((k,), len(labels)).scatter_reduce_(0, labels.long(), rows, "amin")
-        return first.argsort(stable=True).argsort()[labels.long()]

@@ -65,8 +65,6 @@ class Arithmetic:
 FLOAT32 = Arithmetic(torch.float32, _U, 0.0, _U, reads_stored=True)
 # On tensor cores, with float32 accumulators.
 FLOAT16 = Arithmetic(torch.float16, 2.0**-11, 2.0**-25, 2.0**-22)
-BFLOAT16 = Arithmetic(torch.bfloat16, 2.0**-8, 2.0**-133, 2.0**-22)
-TF32 = Arithmetic(torch.float32, 2.0**-10, 2.0**-136, 2.0**-22)
 
 
 def reference_dist2(
@@ -140,6 +138,15 @@ class Frame:
         limit = 1000 if dtype == torch.float64 else 120
         return cls(centre, stored, 2.0 ** -max(-limit, min(limit, exponent)), far2)
 
+    @property
+    def vanishing(self) -> bool:
+        """Whether squared distances are so small, in float64 itself, that they have lost digits."""
+        return self.far2 < 2.0**-900
+
+    def moved(self, values: torch.Tensor, span: slice = slice(None)) -> torch.Tensor:
+        """Values (p, w) of a span of the features as float64, centred and scaled."""
+        return (values.double() - self.centre[span]).mul_(self.scale)
+
     def norms(self, dist2: torch.Tensor) -> torch.Tensor:
         """Upper bounds of ||x - m|| s, float32 (b,), from the squared distances (b,) of the rows to the centre."""
         return (dist2.sqrt() * (self.scale * (1 + 2.0**-20)) + 2.0**-100).float()
@@ -171,8 +178,8 @@ class Frame:
         margin = self.margin(bias, d, summing_error(d, arithmetic), square, scale) + 2 * tiny * (tiny + length)
         # Of rows used as stored ||x^|| is up to ||m|| more than ||x - m||; the bias has terms of that size, too.
         margin += slope * lift + d * 2.0**-51 * length * lift
-        if dtype == torch.float64 and self.far2 < 2.0**-900:
-            margin += math.inf  # the norms themselves have lost digits: nothing can be certified
+        if dtype == torch.float64 and self.vanishing:
+            margin += math.inf  # nothing can be certified
         shift = None if stored else (self.centre * scale).to(torch.float64 if dtype == torch.float64 else torch.float32)
         return bounded(centroids, matrix, bias, slope * (scale / self.scale), margin, shift, scale)
 

@@ -18,13 +18,13 @@ from gpuclust.cluster.cosine import HALF, unit_means
 from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, require_same
 from gpuclust.cluster.dual import Dual, Ending
 from gpuclust.cluster.hartigan import improve
-from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances
+from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances, numbered
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.relief import relief
 from gpuclust.cluster.seeding.draws import RandomBits
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus, choose_random
 from gpuclust.cluster.seeding.scalable import choose_scalable
-from gpuclust.cluster.solver import BUDGET_BYTES, dual_together, plan, primal_together
+from gpuclust.cluster.solver import budget_bytes, dual_together, plan, primal_together
 from gpuclust.cluster.sources.base import ChunkSource, take_rows
 from gpuclust.cluster.sums import total
 from gpuclust.errors import UnavailableError
@@ -207,7 +207,7 @@ def fit_kmeans(
         lightest = None if shares is None else shares.lightest
         moments = alone(lambda: Moments.of(source, lightest, block))
         watch.lap("moments_s")
-        budget = memory_limit or BUDGET_BYTES.get(device.type, BUDGET_BYTES["cpu"])
+        budget = budget_bytes(device.type, memory_limit)
         lloyd = Lloyd(
             runner,
             source,
@@ -349,12 +349,8 @@ def _same(one: Solution, other: Solution, block: Block) -> bool:
     """Whether two solutions are one, but for the order of the clusters: restarts often end in the same place."""
     ordered = []
     for solution in (one, other):
-        k = len(solution.centroids)
-        first = torch.full((k,), block.n, dtype=torch.int64, device=solution.labels.device)
-        rows = torch.arange(len(solution.labels), device=solution.labels.device) + block.first
-        first.scatter_reduce_(0, solution.labels.long(), rows, "amin")
-        order = (-block.max(-first)).argsort(stable=True)
-        ordered.append((order.argsort()[solution.labels.long()], solution.centroids[order]))
+        labels, order = numbered(solution.labels, len(solution.centroids), block)
+        ordered.append((labels, solution.centroids[order]))
     differs = [not torch.equal(mine, its) for mine, its in zip(*ordered, strict=True)]
     return not bool(block.max(torch.tensor([any(differs)], dtype=torch.int64, device=one.labels.device)))
 

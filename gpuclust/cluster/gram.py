@@ -52,7 +52,7 @@ class Gram:
 
     def __init__(self, source: ChunkSource, moments: Moments, memory_limit: int | None = None) -> None:
         (n, d), device = source.shape, source.device
-        self._source, self._centre, self.scale = source, moments.frame.centre, moments.frame.scale
+        self._source, self._frame, self.scale = source, moments.frame, moments.frame.scale
         self._width = slice_width(n, d, device, memory_limit)
         # In two steps: the square of the scale may leave the range of float64.
         self.dist2 = moments.dist2 * self.scale * self.scale
@@ -73,7 +73,7 @@ class Gram:
         out = torch.zeros(len(points), self._source.shape[0], dtype=torch.float64, device=points.device)
         square = torch.zeros(len(points), dtype=torch.float64, device=points.device)
         for span, rows in self._slices():
-            moved = self._moved(points[:, span], span)
+            moved = self._frame.moved(points[:, span], span)
             out.addmm_(moved, rows.t())
             square += torch.linalg.vecdot(moved, moved)
         return out, square
@@ -89,8 +89,5 @@ class Gram:
             rows = kept[:, : span.stop - start]
             for first, x in whole or self._source.chunks(n):
                 rows[first : first + len(x)] = x[:, span]
-            rows.sub_(self._centre[span]).mul_(self.scale)
+            rows.sub_(self._frame.centre[span]).mul_(self.scale)
             yield span, rows
-
-    def _moved(self, points: torch.Tensor, span: slice) -> torch.Tensor:
-        return (points.double() - self._centre[span]).mul_(self.scale)

@@ -52,8 +52,8 @@ def improve(
     """
     source, moments, weights = lloyd.source, lloyd.moments, lloyd.weights
     moves, sweeps = 0, lloyd.max_iter
-    if moments.frame.far2 < 2.0**-900:
-        return best, dist2, inertia, moves  # such squares have lost their digits
+    if moments.frame.vanishing:
+        return best, dist2, inertia, moves
     while True:
         partition = _Partition(lloyd, best)
         made, sweeps = partition.improve(sweeps)
@@ -126,7 +126,7 @@ class _Partition:
         """Rows that gain, or may gain for all that products in float64 tell: int64 (p,)."""
         d, device = self.source.shape[1], self.labels.device
         size, found = tile_rows(d, device), []
-        moved = (self.centres - self.moments.mean).mul_(self.scale)
+        moved = self.moments.frame.moved(self.centres)
         square = torch.linalg.vecdot(moved, moved)
         row2 = self.moments.dist2 * self.scale * self.scale
         error = gamma(d + math.ceil(d / size) + 16) * 4
@@ -134,7 +134,7 @@ class _Partition:
             part = slice(start, start + x.shape[0])
             dist2 = square + row2[part, None]
             for span in tiles(size, d, device):
-                rows = (x[:, span].double() - self.moments.mean[span]).mul_(self.scale)
+                rows = self.moments.frame.moved(x[:, span], span)
                 dist2.addmm_(rows, moved[:, span].t(), alpha=-2.0)
             slack = error * (row2[part].sqrt() + square.amax().sqrt()).square() + _PRETENDED * row2[part]
             saved, cost = self._balance(dist2.clamp_(min=0), part, slack[:, None])

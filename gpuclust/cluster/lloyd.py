@@ -298,6 +298,17 @@ class Lloyd:
         return spread + tree_sum(cross.view(1, -1)).item()
 
 
+def numbered(labels: torch.Tensor, k: int, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels (n,) with the clusters numbered in the order of their first rows, and the old numbers (k,) in that order.
+
+    Two solutions are one, but for the order of the clusters, where these labels are the same.
+    """
+    rows = torch.arange(len(labels), device=labels.device) + block.first
+    first = rows.new_full((k,), block.n).scatter_reduce_(0, labels.long(), rows, "amin")
+    order = (-block.max(-first)).argsort(stable=True)
+    return order.argsort()[labels.long()], order
+
+
 def distances(source: ChunkSource, centroids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Reference distance of every row to its centroid, float64 (n,)."""
     dist2 = torch.empty(source.shape[0], dtype=torch.float64, device=source.device)

@@ -69,7 +69,7 @@ class Sketch:
         """The sketch of rows (b, d) and their norms."""
         y = torch.zeros(x.shape[0], self.basis.shape[1], dtype=torch.float64, device=x.device)
         for span in tiles(tile_rows(x.shape[1], x.device), x.shape[1], x.device):
-            y.addmm_(self._moved(x[:, span], span), self.basis[span])
+            y.addmm_(self.frame.moved(x[:, span], span), self.basis[span])
         length = dist2.sqrt() * self.frame.scale
         left = length.square() * (1 + self.error) - y.square().sum(1) * (1 - self.error)
         # At least a share of the length, so that this one number bounds the rounding, too.
@@ -84,12 +84,8 @@ class Sketch:
         row, restart, _ = propose(*self.of(self.source.take(some), self.moments.dist2[some]), operand, labels)
         return torch.unique_consecutive(row * len(labels) + restart).numel() / labels.numel()
 
-    def _moved(self, values: torch.Tensor, span: slice = slice(None)) -> torch.Tensor:
-        """Values (p, w) of a span of the features as float64, centred and scaled."""
-        return (values.double() - self.frame.centre[span]).mul_(self.frame.scale)
-
     def _basis(self, centroids: torch.Tensor, most: int) -> torch.Tensor:
-        moved = self._moved(centroids.flatten(0, 1))[:_MOST_CENTROIDS]
+        moved = self.frame.moved(centroids.flatten(0, 1)[:_MOST_CENTROIDS])
         vectors = torch.linalg.eigh(moved @ moved.t()).eigenvectors
         leading = moved.t() @ vectors[:, -most:]
         return torch.linalg.qr(leading / torch.linalg.vector_norm(leading, dim=0).clamp(min=2.0**-500)).Q
@@ -102,7 +98,7 @@ class Sketch:
         size = block_rows(flat.shape[1], flat.device)
         for start in range(0, len(flat), size):
             part = slice(start, start + size)
-            moved = self._moved(flat[part])
+            moved = self.frame.moved(flat[part])
             square[part] = torch.linalg.vecdot(moved, moved)
             z[part] = moved @ self.basis
             moved.addmm_(z[part], self.basis.t(), alpha=-1.0)
@@ -130,7 +126,7 @@ class Sketches:
             and n * d >= _LEAST_VALUES
             and n >= _LEAST_ROWS
             and self.most >= _FEWEST
-            and moments.frame.far2 >= 2.0**-900
+            and not moments.frame.vanishing
         )
         self.restart()
 
@@ -150,28 +146,28 @@ class Sketches:
         # A row read alone costs more than its share of a pass that serves all restarts at once.
         clusters = len(operand.matrix)
         price = 1 + 3 * min(1.0, clusters / 100)
+        sketch = self.sketch or Sketch(self.source, self.moments, centroids, self.most)
+        sketched = sketch.operand(centroids)
         if self.sketch is None:
-            sketch = Sketch(self.source, self.moments, centroids, self.most)
-            if price * sketch.open_share(sketch.operand(centroids)) > _WORTH:
+            if price * sketch.open_share(sketched) > _WORTH:
                 self.start, self.wait = self.passes + self.wait, 2 * self.wait
                 return None
             sketch.read()
             self.sketch, self.lost, self.first = sketch, 0.0, -1.0
-        open_rows = self._propose(self.sketch.operand(centroids), labels)
+        open_rows = self._propose(sketch, sketched, labels)
         rechecked = self._read(open_rows, operand, labels, precision)
         spent = price * sum(len(rows) for rows in open_rows) / labels.numel()
         self.first = spent if self.first < 0 else self.first
         self.lost += spent - self.first
         # What is lost to the centroids' way since then would pay for a new one.
-        if spent > _WORTH or self.lost > 0.3 + 2 * self.sketch.rows.shape[1] / clusters:
+        if spent > _WORTH or self.lost > 0.3 + 2 * sketch.rows.shape[1] / clusters:
             self.sketch = None
         return rechecked
 
-    def _propose(self, operand: Operand, labels: torch.Tensor) -> list[torch.Tensor]:
+    @staticmethod
+    def _propose(sketch: Sketch, operand: Operand, labels: torch.Tensor) -> list[torch.Tensor]:
         """Label the rows in the sketch: for each restart, the rows that are left open."""
-        assert self.sketch is not None
-        rows, norms = self.sketch.rows, self.sketch.norms
-        r, (row, restart, _) = len(labels), propose(rows, norms, operand, labels)
+        r, (row, restart, _) = len(labels), propose(sketch.rows, sketch.norms, operand, labels)
         pairs = (row * r + restart).unique_consecutive()
         return [pairs[pairs % r == i] // r for i in range(r)]
 

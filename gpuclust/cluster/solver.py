@@ -23,7 +23,7 @@ _CENTROID_BYTES = 80
 # Adding a row to a sum costs as much as so many columns of a product.
 _PER_ADD = 16
 # Bytes for what grows with the restarts that run together, where no limit is given.
-BUDGET_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
+_BUDGET_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def plan(
     device : str
         Its type.
     memory_limit : int or None
-        By default `BUDGET_BYTES`, unless the dual solver was ``asked`` for.
+        By default what `budget_bytes` gives, unless the dual solver was ``asked`` for.
     resident : bool
         Whether the rows lie on the device.
     ranks : int
@@ -93,7 +93,7 @@ def plan(
     # Rows are converted once, and the clusters of one restart are made.
     dual_s = triangle + iterations + 28 * values / read + joins
 
-    budget = memory_limit or BUDGET_BYTES.get(device, BUDGET_BYTES["cpu"])
+    budget = budget_bytes(device, memory_limit)
     primal_bytes = primal_together(n, d, k, restarts, budget) * _primal_bytes(n, d, k)
     dual_bytes = _dual_fixed(n, d, k, budget) + dual_together(n, d, k, restarts, budget) * _dual_bytes(n, k)
     refused = None
@@ -106,6 +106,11 @@ def plan(
     elif dual_bytes > budget and (memory_limit is not None or not asked):
         refused = f"it takes {show_bytes(dual_bytes)} beside the rows, of {show_bytes(budget)}"
     return Plan(primal_s, primal_bytes, dual_s, dual_bytes, refused)
+
+
+def budget_bytes(device: str, memory_limit: int | None = None) -> int:
+    """Bytes for what grows with the restarts that run together, on a type of device."""
+    return memory_limit or _BUDGET_BYTES.get(device, _BUDGET_BYTES["cpu"])
 
 
 def primal_together(n: int, d: int, k: int, restarts: int, budget: int) -> int:

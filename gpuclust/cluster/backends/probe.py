@@ -38,8 +38,8 @@ def _compare(backend: Backend, device: torch.device, n: int, d: int, k: int, r: 
     source = TensorSource(x)
     moments = Moments.of(source)
     norms = moments.frame.norms(moments.dist2)
-    # Rows lie exactly between two centroids, and on them.
-    centroids = x[: r * k].float().view(r, k, d).clone() if r * k <= n else x[:k].float()[None]
+    # Rows lie on centroids, of which two are equal.
+    centroids = x[: r * k].float().view(r, k, d).clone()
     centroids[:, 1] = centroids[:, 0]
     found = []
     for each in (backend, TorchBackend()):
