@@ -176,6 +176,24 @@ def test_rows_on_the_border_between_two_centroids_are_decided_to_the_last_place(
         assert share >= 0.4 or (not stored and offset)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("d", [1, 5, 300])
+def test_equal_centroids_are_found_and_never_the_first_of_them(d: int, dtype: torch.dtype) -> None:
+    rng = np.random.RandomState(d)
+    found, equal = 0, 0
+    for k in (1, 2, 9, 60):
+        some = torch.from_numpy(rng.randint(-3, 4, (4, d))).to(dtype)
+        points = torch.cat([some, -some, some.flip(0)])  # mirrored ones have one length
+        centroids = torch.stack([points[torch.from_numpy(rng.randint(len(points), size=k))] for _ in range(3)])
+        bias = centroids.double().square().sum(2).flatten()
+        marked = exact.repeated_in(centroids, bias).view(3, k)
+        for restart, marks in zip(centroids, marked, strict=True):
+            before = [any(torch.equal(restart[j], restart[i]) for i in range(j)) for j in range(k)]
+            assert not (marks & ~torch.tensor(before)).any()
+            found, equal = found + int(marks.sum()), equal + sum(before)
+    assert found == equal > 100
+
+
 def test_restarts_are_assigned_apart_and_ties_go_to_the_lowest_index() -> None:
     x = rows("near ties", 400, 4)
     centroids = torch.stack([x[torch.randperm(400, generator=torch.Generator().manual_seed(s))[:12]] for s in range(5)])

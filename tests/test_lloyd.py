@@ -30,6 +30,7 @@ def lloyd(
     group: Group | None = None,
     moments: Moments | None = None,
     chunk: int = 64,
+    late: int = 0,
 ) -> tuple[list[Solution], Lloyd]:
     """Solutions from centroids (r, k, d); ``tol`` relative, as in the estimator."""
     source = TensorSource(x)
@@ -47,6 +48,7 @@ def lloyd(
         tol=tol * known.spread / x.numel(),
         precision="exact",
     )
+    loop.late = late
     unit = 1.0 if shares is None else shares.unit
     return [replace(found, inertia=found.inertia * unit) for found in loop.run(centroids.clone())], loop
 
@@ -100,6 +102,48 @@ def test_centroids_are_the_means_of_their_rows_rounded_once(dtype: torch.dtype) 
     for j in range(7):
         mean = x[found.labels == j].double().mean(0)
         assert torch.allclose(found.centroids[j].double(), mean, rtol=torch.finfo(dtype).eps, atol=1e-13)
+
+
+# ---- decisions that are read late
+
+
+@pytest.mark.parametrize("late", [1, 2, 7])
+@pytest.mark.parametrize(("max_iter", "tol"), [(300, 0.0), (300, 1e-3), (3, 0.0), (1, 0.0)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_when_decisions_are_read_changes_nothing(weighted: bool, max_iter: int, tol: float, late: int) -> None:
+    x = rows("blobs", 400, 5)
+    weights = torch.from_numpy(np.random.RandomState(0).exponential(size=400)) if weighted else None
+    far = x.amax() * torch.arange(50.0, 53.0)[:, None] * torch.ones(5)  # clusters that stay empty at first
+    starts = torch.stack([torch.cat([x[i : i + 6], far + i]) for i in range(4)] + [x[i::40][:9] for i in range(4)])
+    known: dict[str, Any] = {"weights": weights, "max_iter": max_iter, "tol": tol}
+    at_once, _ = lloyd(x, starts, **known)
+    later, loop = lloyd(x, starts, late=late, **known)
+    for one, other in zip(at_once, later, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.centroids, other.centroids)
+        assert (one.inertia, one.n_iter, one.shifts) == (other.inertia, other.n_iter, other.shifts)
+    assert loop.work.assigned > 400 * sum(found.n_iter for found in later)  # passes more were made
+
+
+def test_passes_are_asked_for_ahead_only_where_nothing_waits() -> None:
+    class Patient(TorchBackend):
+        waits = False
+
+    class Streamed(TensorSource):
+        resident = False
+
+    x = rows("blobs", 100, 3)
+    for backend, source, late in (
+        (TorchBackend(), TensorSource(x), 0),
+        (Patient(), TensorSource(x), 1),
+        (Patient(), Streamed(x), 0),
+    ):
+        known = Moments.of(source)
+        loop = Lloyd(
+            *(backend, source, known, OneProcess(), None, lambda restarts: 64, 1 << 20),
+            **{"max_iter": 9, "tol": 0.0, "precision": "exact"},
+        )
+        assert loop.late == late
 
 
 # ---- empty clusters
@@ -199,13 +243,18 @@ def in_two(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("cut", [150, 3])
 @pytest.mark.parametrize("empties", [0, 4])
-def test_two_processes_find_what_one_finds(kind: str, dtype: torch.dtype, cut: int, empties: int) -> None:
+@pytest.mark.parametrize("late", [0, 1])
+def test_two_processes_find_what_one_finds(kind: str, dtype: torch.dtype, cut: int, empties: int, late: int) -> None:
     x = rows(kind, 300, 7, dtype)
     far = x.amax() * 100 + torch.arange(empties, dtype=dtype)[:, None] * torch.ones(7, dtype=dtype)
     starts = torch.stack([torch.cat([x[i : i + 5], far]) for i in (0, 60, 200)])
     whole = Moments.of(TensorSource(x))
     alone, _ = lloyd(x, starts, moments=whole)
-    halves = in_two(x, cut, lambda part, moments, group, _: lloyd(part, starts, group=group, moments=moments)[0], whole)
+    halves = in_two(
+        *(x, cut),
+        lambda part, moments, group, _: lloyd(part, starts, group=group, moments=moments, late=late)[0],
+        whole,
+    )
     for found, left, right in zip(alone, *halves, strict=True):
         assert torch.equal(torch.cat([left.labels, right.labels]), found.labels)
         for half in (left, right):

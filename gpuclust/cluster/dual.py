@@ -33,6 +33,7 @@ from gpuclust.cluster.gram import Gram, U, gamma
 from gpuclust.cluster.lloyd import Lloyd, Solution, numbered
 from gpuclust.cluster.moments import centroid_dtype
 from gpuclust.cluster.sources.base import take_rows, tile_rows
+from gpuclust.cluster.sums import joined
 
 # Values of the scores that are worked on at a time.
 _PIECE_VALUES = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -194,7 +195,7 @@ class Dual:
         if missing:
             sums = self._sums(centres.home[i], missing, centres.mass.shape[1])
             mass = centres.mass[i, missing]
-            known.update(zip(missing, (sums.sum(0) / mass[:, None]).to(self.dtype), strict=True))
+            known.update(zip(missing, (joined(sums) / mass[:, None]).to(self.dtype), strict=True))
         return torch.stack([known[cluster] for cluster in clusters])
 
     def _sums(self, labels: torch.Tensor, clusters: list[int], k: int) -> torch.Tensor:
@@ -312,7 +313,7 @@ class Dual:
             every = list(range(len(one.mass)))
             sums = self._sums(one.labels, every, len(every))
             if repeats:
-                centroids = (sums.sum(0) / one.centres.mass[0][:, None]).to(self.dtype)
+                centroids = (joined(sums) / one.centres.mass[0][:, None]).to(self.dtype)
             else:
                 centroids = self._true(one.centres, 0, every)
             inertia = self.lloyd.inertia(centroids, sums, one.mass)

@@ -118,12 +118,15 @@ class Frame:
         s, a power of two that brings the largest value near 1.
     far2 : float
         The largest squared distance of a row to the centre.
+    offset : float
+        ||m||.
     """
 
     centre: torch.Tensor
     stored: bool
     scale: float
     far2: float
+    offset: float
 
     @classmethod
     def of(cls, dtype: torch.dtype, centre: torch.Tensor, largest: float, spread: float, far2: float) -> Frame:
@@ -131,12 +134,12 @@ class Frame:
 
         Converting costs a pass over the chunk and takes an offset away; rows that have little of it do without.
         """
-        offset = torch.linalg.vecdot(centre, centre).item()
-        stored = dtype == torch.float32 and 2.0**-20 <= largest <= 2.0**40 and offset <= 8 * spread
+        offset = torch.linalg.vector_norm(centre).item()
+        stored = dtype == torch.float32 and 2.0**-20 <= largest <= 2.0**40 and offset * offset <= 8 * spread
         exponent = math.frexp(largest)[1] if largest > 0 else 0
         # The scale is a number of the type that rows are converted in, and must be finite and normal there.
         limit = 1000 if dtype == torch.float64 else 120
-        return cls(centre, stored, 2.0 ** -max(-limit, min(limit, exponent)), far2)
+        return cls(centre, stored, 2.0 ** -max(-limit, min(limit, exponent)), far2, offset)
 
     @property
     def vanishing(self) -> bool:
@@ -170,11 +173,11 @@ class Frame:
             bias[part] = torch.linalg.vecdot(moved, c + self.centre) if stored else square[part]
         rho, tiny = arithmetic.rounding, arithmetic.tiny * math.sqrt(d)
         relative = relative_error(d, arithmetic) + (1 if stored else 2) * rho * (1 + 4 * rho) + rho * rho
-        lift = torch.linalg.vector_norm(self.centre).item() if stored else 0.0
+        lift = self.offset if stored else 0.0
         length = square.sqrt()
         slope = 2 * length * relative + 2 * tiny
         # What leaves the range of the operands' type is infinite there: with such a centroid nothing is certain.
-        slope[2 * length * (1 + rho) >= torch.finfo(arithmetic.dtype).max] = math.nan
+        slope.masked_fill_(2 * length * (1 + rho) >= torch.finfo(arithmetic.dtype).max, math.nan)
         margin = self.margin(bias, d, summing_error(d, arithmetic), square, scale) + 2 * tiny * (tiny + length)
         # Of rows used as stored ||x^|| is up to ||m|| more than ||x - m||; the bias has terms of that size, too.
         margin += slope * lift + d * 2.0**-51 * length * lift
@@ -226,22 +229,39 @@ def bounded(
     inflate = 1 + 2.0**-10
     high, low = bias + margin * inflate, bias - margin * inflate
     repeated = repeated_in(centroids, bias)
-    high[repeated] = low[repeated] = torch.finfo(torch.float32).max
+    high, low = (part.masked_fill(repeated, torch.finfo(torch.float32).max) for part in (high, low))
     high, low, slope = (part.float()[:, None] for part in (high, low, slope * inflate))
     return Operand(centroids, matrix, high, low, slope, shift, scale)
 
 
 def repeated_in(centroids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Which of the centroids (r, k, d) equal an earlier one of their restart, which wins every tie: bool (r * k,)."""
-    r, k, _ = centroids.shape
-    repeated = torch.zeros(r, k, dtype=torch.bool, device=centroids.device)
-    ordered = bias.view(r, k).sort(1).values
-    for restart in (ordered[:, 1:] == ordered[:, :-1]).any(1).nonzero()[:, 0].tolist():
-        distinct, which = torch.unique(centroids[restart], dim=0, return_inverse=True)
-        index = torch.arange(k, device=which.device)
-        first = index.new_full((len(distinct),), k).scatter_reduce_(0, which, index, "amin")
-        repeated[restart] = first[which] != index
-    return repeated.view(r * k)
+    """Which of the centroids (r, k, d) equal an earlier one of their restart, which wins every tie: bool (r * k,).
+
+    Equal ones are looked for where a number that belongs to each, ``bias`` (r * k,), is equal. One that is not found
+    costs time, and is a candidate to the end.
+    """
+    r, k, d = centroids.shape
+    bias = bias.view(r, k)
+    ordered = bias.sort(1).values
+    repeated = torch.zeros_like(bias, dtype=torch.bool)
+    if _may_ask(bias.device) and not bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        return repeated.view(-1)
+    # Mirrored centroids have one bias, so a second number goes before it: then equal ones are neighbours.
+    flat, size = centroids.reshape(r * k, d), block_rows(d, bias.device)
+    spread = torch.arange(1, d + 1, dtype=torch.float64, device=bias.device).cos_()
+    second = torch.cat([(some * spread).sum(1) for some in flat.split(size)]).view(r, k)
+    order = second.argsort(dim=1, stable=True)
+    order = order.gather(1, bias.gather(1, order).argsort(dim=1, stable=True))
+    order += torch.arange(0, r * k, k, device=bias.device)[:, None]
+    before, after = order[:, :-1].flatten(), order[:, 1:].flatten()
+    pairs = zip(before.split(size), after.split(size), strict=True)
+    same = [(one < other) & (flat[one] == flat[other]).all(1) for one, other in pairs]
+    return repeated.view(-1).index_copy_(0, after, torch.cat(same))
+
+
+def _may_ask(device: torch.device) -> bool:
+    """Whether the host can look at a result without waiting for it."""
+    return device.type == "cpu"
 
 
 def decide(x: torch.Tensor, centroids: torch.Tensor, candidates: Candidates, labels: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,16 @@
 """The one Lloyd loop: every restart at once, exact labels in every pass, sums that follow the rows that move.
 
 In each pass all active restarts see a chunk of rows together, so that the rows are read once for all of them. A restart
-retires when its labels repeat, or when its centroids hardly moved (one more pass then makes its labels belong to them).
+ends when its labels repeat, or when its centroids hardly moved (one more pass then makes its labels belong to them).
+
+Who ends is decided on the device. A restart that has ended stands still: a pass more leaves it, to the bit, as it is.
+So the host may read what was decided a pass later, while the device already works on the next, and waits for nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,11 +19,15 @@ import torch
 from gpuclust.cluster.backends.base import Backend
 from gpuclust.cluster.distributed import Block, Group
 from gpuclust.cluster.exact import reference_dist2
+from gpuclust.cluster.late import Late
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.relief import Relief
 from gpuclust.cluster.sketch import Sketches
 from gpuclust.cluster.sources.base import ChunkSource, block_rows
-from gpuclust.cluster.sums import Grid, power_of_two, total, tree_sum
+from gpuclust.cluster.sums import Grid, joined, power_of_two, total, tree_sum
+
+# What a restart does: iterate; stand still because it has ended, or because a cluster is empty, which the host fills.
+_MOVES, _ENDED, _EMPTY = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,63 @@ class Weights:
         return sums
 
 
+@dataclass
+class _Front:
+    """The restarts on their way, r of them.
+
+    Attributes
+    ----------
+    restarts : list of int
+        Their numbers.
+    centroids : (r, k, d)
+    labels : int32 (r, n)
+    sums : float64 (levels, r, k, d)
+        Of the rows of this process with these labels; so are ``counts``, float64 (r, k).
+    does : int64 (r,)
+    passes : int64 (r,)
+        In which it moved.
+    closing : bool (r,)
+        Whether the next pass is its last.
+    """
+
+    restarts: list[int]
+    centroids: torch.Tensor
+    labels: torch.Tensor
+    sums: torch.Tensor
+    counts: torch.Tensor
+    does: torch.Tensor
+    passes: torch.Tensor
+    closing: torch.Tensor
+
+    @classmethod
+    def of(cls, centroids: torch.Tensor, n: int, levels: int) -> _Front:
+        (r, k, d), device = centroids.shape, centroids.device
+        return cls(
+            list(range(r)),
+            centroids,
+            torch.full((r, n), -1, dtype=torch.int32, device=device),
+            torch.zeros(levels, r, k, d, dtype=torch.float64, device=device),
+            torch.zeros(r, k, dtype=torch.float64, device=device),
+            torch.full((r,), _MOVES, device=device),
+            torch.zeros(r, dtype=torch.int64, device=device),
+            torch.zeros(r, dtype=torch.bool, device=device),
+        )
+
+    def keep(self, places: list[int]) -> _Front:
+        """Some of them; all at no cost."""
+        if len(places) == len(self.restarts):
+            return self
+        index = torch.tensor(places, dtype=torch.int64, device=self.labels.device)
+        small = (self.counts, self.does, self.passes, self.closing)
+        return _Front(
+            [self.restarts[place] for place in places],
+            self.centroids[index],
+            self.labels[index],
+            self.sums[:, index],
+            *(one[index] for one in small),
+        )
+
+
 class Lloyd:
     """Restarts on their way; `run` brings all of them to their end.
 
@@ -113,7 +178,12 @@ class Lloyd:
     relief : Relief, optional
         Where memory runs out in a pass, it makes the pass again.
     finish : Callable
-        Makes centroids of the means (k, d) of the clusters, float64, and of the centroids before.
+        Makes centroids of the means (p, d) of clusters, float64, and of the centroids before.
+
+    Attributes
+    ----------
+    late : int
+        How many passes are asked for before what became of the first is read. The result does not depend on it.
     """
 
     def __init__(
@@ -140,45 +210,80 @@ class Lloyd:
         self.norms = moments.frame.norms(moments.dist2)
         self.work = Work()
         self.sketches = Sketches(backend, source, moments, self.norms, budget_bytes // 4)
+        # Where a pass waits for the device anyway, or reads a file, one that was not needed costs more than it gains.
+        self.late = int(not backend.waits and source.resident)
 
     def run(self, centroids: torch.Tensor) -> list[Solution]:
         """Iterate from ``centroids`` (r, k, d), which are overwritten, to a solution per restart."""
-        r, k, d = centroids.shape
-        device, levels = centroids.device, self.moments.grid.levels
-        labels = torch.full((r, self.source.shape[0]), -1, dtype=torch.int32, device=device)
-        sums = torch.zeros(levels, r, k, d, dtype=torch.float64, device=device)
-        counts = torch.zeros(r, k, dtype=torch.float64, device=device)
+        front = _Front.of(centroids, self.source.shape[0], self.moments.grid.levels)
         solutions: dict[int, Solution] = {}
-        active, closing = list(range(r)), [False] * r
-        shifts: list[list[float]] = [[] for _ in range(r)]
+        shifts: list[list[float]] = [[] for _ in front.restarts]
+        reports: deque[Late] = deque()
         self.sketches.restart()
-        passes = 0
-        while active:
-            changed = self.group.all_reduce(self._relieved(centroids, labels, sums, counts, passes == 0)).tolist()
-            passes += 1
-            masses = self.masses(labels, counts, k)
-            totals = self.group.all_reduce(sums)
-            staying = []
-            for i, restart in enumerate(active):
-                if closing[i] or not changed[i]:
-                    solutions[restart] = Solution(
-                        centroids[i].clone(),
-                        labels[i].clone(),
-                        self.inertia(centroids[i], totals[:, i], masses[i]),
-                        passes - closing[i],
-                        tuple(shifts[restart]),
-                    )
-                    continue
-                shift = self.update(centroids[i], labels[i], totals[:, i], masses[i])
+        first = True
+        while front.restarts:
+            reports.append(self._iterate(front, first))
+            first = False
+            if len(reports) <= self.late or self._read(reports, front, shifts):
+                continue
+            while reports:  # in these passes the restarts that stand still did
+                self._read(reports, front, shifts)
+            front = self._attend(front, solutions, shifts)
+        return [solutions[restart] for restart in range(len(shifts))]
+
+    def _iterate(self, front: _Front, first: bool) -> Late:
+        """A pass, and the steps of the restarts that it does not end; nothing here waits for the device.
+
+        Returns
+        -------
+        (r, 3) : whether a restart made a step, how far its centroids moved, and whether it goes on.
+        """
+        changed = self.group.all_reduce(self._relieved(front.centroids, front.labels, front.sums, front.counts, first))
+        masses = self.masses(front.labels, front.counts, front.counts.shape[1])
+        moves = front.does == _MOVES
+        front.passes += moves
+        end = moves & (front.closing | (changed == 0))
+        empty = moves & ~end & (masses == 0).any(1)
+        steps = moves & ~end & ~empty
+        front.does += end * _ENDED + empty * _EMPTY
+        shift = self._step(front.centroids, self.group.all_reduce(front.sums), masses, steps)
+        front.closing = torch.where(steps, (shift <= self.tol) | (front.passes >= self.max_iter), front.closing)
+        return Late(torch.stack([steps.double(), shift], 1))
+
+    @staticmethod
+    def _read(reports: deque[Late], front: _Front, shifts: list[list[float]]) -> bool:
+        """Read the oldest report: whether every restart made a step."""
+        report = reports.popleft().read()
+        for restart, (stepped, shift) in zip(front.restarts, report, strict=True):
+            if stepped:
                 shifts[restart].append(shift)
-                closing[i] = shift <= self.tol or passes >= self.max_iter
-                staying.append(i)
-            if len(staying) < len(active):
-                keep = torch.tensor(staying, dtype=torch.int64, device=device)
-                centroids, labels, counts = centroids[keep], labels[keep], counts[keep]
-                sums = sums[:, keep]
-                active, closing = [active[i] for i in staying], [closing[i] for i in staying]
-        return [solutions[restart] for restart in range(r)]
+        return all(stepped for stepped, _ in report)
+
+    def _attend(self, front: _Front, solutions: dict[int, Solution], shifts: list[list[float]]) -> _Front:
+        """See to the restarts that stand still: those that have ended leave, empty clusters get a row."""
+        masses = self.masses(front.labels, front.counts, front.counts.shape[1])
+        sums = self.group.all_reduce(front.sums)
+        moving = []
+        for i, (does, passes, closing) in enumerate(
+            torch.stack([front.does, front.passes, front.closing.long()], 1).tolist()
+        ):
+            restart, centroids, labels = front.restarts[i], front.centroids[i], front.labels[i]
+            if does == _ENDED:
+                solutions[restart] = Solution(
+                    centroids.clone(),
+                    labels.clone(),
+                    self.inertia(centroids, sums[:, i], masses[i]),
+                    passes - closing,
+                    tuple(shifts[restart]),
+                )
+                continue
+            moving.append(i)
+            if does == _EMPTY:
+                shift = self.update(centroids, labels, sums[:, i], masses[i])
+                shifts[restart].append(shift)
+                front.closing[i] = shift <= self.tol or passes >= self.max_iter
+                front.does[i] = _MOVES
+        return front.keep(moving)
 
     def _relieved(
         self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor, first: bool
@@ -239,18 +344,40 @@ class Lloyd:
     def masses(self, labels: torch.Tensor, counts: torch.Tensor, k: int) -> torch.Tensor:
         """Weight of each cluster, over all processes, float64 (r, k)."""
         local = counts[None] if self.weights is None else self.weights.per_cluster(labels, k)
-        return self.group.all_reduce(local).sum(0)
+        return joined(self.group.all_reduce(local))
 
     def update(self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
-        """Move the centroids (k, d) of one restart to the means of their rows: the sum of the squared movements."""
+        """Move the centroids (k, d) of one restart to the means of their rows: the sum of the squared movements.
+
+        An empty cluster gets a row first.
+        """
         if bool((mass == 0).any()):
             sums, mass = self._fill_empty(centroids, labels, sums.clone(), mass.clone())
-        means = self.finish(sums.sum(0) / mass[:, None], centroids)
+        return self._step(centroids[None], sums[:, None], mass[None], mass.new_ones(1, dtype=torch.bool)).item()
+
+    def _step(
+        self, centroids: torch.Tensor, sums: torch.Tensor, masses: torch.Tensor, steps: torch.Tensor
+    ) -> torch.Tensor:
+        """Move the centroids (r, k, d) of the restarts that make a step, bool (r,), to the means of their rows.
+
+        Returns
+        -------
+        float64 (r,) : the sums of the squared movements.
+        """
+        r, k, d = centroids.shape
+        shifts = masses.new_empty(r)
         # A cluster that gave its last row away stays where it is.
-        means = torch.where(mass[:, None] > 0, means, centroids)
-        shift = tree_sum((means.double() - centroids.double()).square_().view(1, -1)).item()
-        centroids.copy_(means)
-        return shift
+        moves = steps[:, None] & (masses > 0)
+        size = block_rows(k * d, centroids.device)
+        for start in range(0, r, size):
+            part = slice(start, start + size)
+            before = centroids[part]
+            means = joined(sums[:, part]) / masses[part, :, None]
+            after = self.finish(means.flatten(0, 1), before.flatten(0, 1)).view_as(before)
+            after = torch.where(moves[part, :, None], after, before)
+            shifts[part] = tree_sum((after.double() - before).square_().flatten(1))
+            before.copy_(after)
+        return shifts
 
     def _fill_empty(
         self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor
@@ -293,7 +420,7 @@ class Lloyd:
         known, weights = self.moments, self.weights
         spread = known.spread if weights is None else total(known.dist2, weights.values, known.block)
         moved = centroids.double() - self.moments.mean
-        cross = (sums.sum(0) - mass[:, None] * self.moments.mean).mul_(moved)
+        cross = (joined(sums) - mass[:, None] * self.moments.mean).mul_(moved)
         cross = cross.mul_(-2.0).add_(moved.square_().mul_(mass[:, None]))
         return spread + tree_sum(cross.view(1, -1)).item()
 

@@ -38,6 +38,14 @@ def tree_sum(values: torch.Tensor) -> torch.Tensor:
     return values[..., 0].clone()
 
 
+def joined(levels: torch.Tensor) -> torch.Tensor:
+    """The levels (l, ...) of sums on a grid, added up in their order. Not a copy where there is one level."""
+    whole = levels[0]
+    for level in levels[1:]:
+        whole = whole + level
+    return whole
+
+
 def power_of_two(values: torch.Tensor, block: Block | None = None) -> float:
     """The power of two that brings the largest of the values, which is above 0, to between 1/2 and 1."""
     largest = values.amax() if block is None else block.max(values.amax())

@@ -80,9 +80,17 @@ class Candidates(NamedTuple):
 
 
 class Backend(Protocol):
-    """One implementation of the steps; ``gpuclust.cluster.exact`` has what its labels must be, and how to be sure."""
+    """One implementation of the steps; ``gpuclust.cluster.exact`` has what its labels must be, and how to be sure.
+
+    Attributes
+    ----------
+    name : str
+    waits : bool
+        Whether the host waits for the device in `prepare`, `assign` or `accumulate`.
+    """
 
     name: str
+    waits: bool
 
     def unavailable(self) -> str | None:
         """None if this machine can run the backend, else the reason why not."""

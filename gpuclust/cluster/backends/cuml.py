@@ -42,6 +42,7 @@ class CumlBackend(TorchBackend):
     """A fit by ``cuml.cluster.KMeans``; the steps, which a fitted model predicts with, are those of torch."""
 
     name = "cuml"
+    waits = True
 
     def unavailable(self) -> str | None:
         for module in ("cuml", "cupy"):

@@ -73,6 +73,7 @@ class CupyBackend:
     """
 
     name = "cupy"
+    waits = False
 
     def __init__(self, launcher: Any = None) -> None:
         self.launch = launcher or _launcher()
@@ -116,7 +117,7 @@ class CupyBackend:
         padded = operand.matrix.new_zeros(r, rows, width)
         padded[:, :k, :d] = operand.matrix.view(r, k, d)
         terms = operand.low.new_zeros(r, rows, 2)
-        terms[:, k:, 0] = math.inf
+        terms[:, k:, 0].fill_(math.inf)
         terms[:, :k] = torch.cat([operand.low, operand.slope], 1).view(r, k, 2)
         reach = operand.low.new_zeros(r, rows)
         reach[:, :k] = (operand.high - operand.low).view(r, k)

@@ -28,6 +28,7 @@ class TorchBackend:
     """k-means steps as torch operations, on the CPU, CUDA, or any device that has float64."""
 
     name = "torch"
+    waits = True
 
     def unavailable(self) -> str | None:
         return None

@@ -75,6 +75,7 @@ class TritonBackend:
     """k-means steps as Triton kernels, on CUDA; in the interpreter on any device that torch has."""
 
     name = "triton"
+    waits = True
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
