@@ -101,8 +101,8 @@ def largest_per_column(x: torch.Tensor, start: int = 0) -> torch.Tensor:
     InputError
         For NaN and infinity; the first of them is named.
     """
-    low, high = torch.aminmax(x, dim=0)
-    largest = torch.maximum(-low, high).double()
+    # Apart: torch's aminmax of columns takes five times as long as both.
+    largest = torch.maximum(-x.amin(0), x.amax(0)).double()
     if not bool(largest.isfinite().all()):
         _refuse(x, start)
     return largest

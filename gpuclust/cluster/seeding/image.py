@@ -37,6 +37,10 @@ class Image:
         reach = min(2.0**26, math.sqrt(2.0**62 / moments.block.n)) / 2 - math.sqrt(d) / 2
         exponent = math.frexp(reach / far)[1] - 1 if far > 0 else 0
         self.mean, self.scale = moments.mean, 2.0 ** max(-1000, min(1000, exponent))
+        # Narrow rows are moved in their own precision, which is finer than the grid, where no number leaves its range.
+        narrow = source.dtype != torch.float64 and abs(exponent) < 100 and moments.largest < 2.0**100
+        if narrow:
+            self.mean = self.mean.float()
         self.rows = min(n, tile_rows(d, source.device))
         self.norms = torch.zeros(n, dtype=torch.float64, device=source.device)
         self._kept = torch.empty(n, d, dtype=torch.float64, device=source.device) if 8 * n * d <= budget_bytes else None
@@ -50,7 +54,8 @@ class Image:
 
     def of(self, x: torch.Tensor, span: slice = slice(None)) -> torch.Tensor:
         """The image of rows (b, d), or of a span of their features: whole numbers as float64."""
-        return (x[:, span].double() - self.mean[span]).mul_(self.scale).round_()
+        seen = x[:, span].to(self.mean.dtype)
+        return (seen - self.mean[span]).mul_(self.scale).round_().double()
 
     def dist2(self, x: torch.Tensor, start: int, points: torch.Tensor, out: torch.Tensor) -> None:
         """Squared distances of the rows ``x``, which begin at ``start``, to image points (p, d): ``out`` (p, b)."""
