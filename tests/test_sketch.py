@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,29 @@ def test_what_a_sketch_certifies_is_the_nearest(
     basis = x[torch.from_numpy(rng.randint(60, size=max(2, k)))].to(near.dtype)[None]
     labels, certain = open_and_certain(x, centroids[None], basis)
     assert mislabelled(labels[certain], x[torch.from_numpy(certain)], centroids) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["noise", "relu", "offset", "heavy tails"])
+@pytest.mark.parametrize("d", [64, 1030])
+def test_what_forming_a_sketch_rounds_is_within_its_bound(d: int, kind: str, dtype: torch.dtype) -> None:
+    x = rows(kind, 300, d, dtype)
+    x[7] = x.double().mean(0).to(dtype)  # all that this row rounds comes from its offset, where it is used as stored
+    source = TensorSource(x)
+    known = Moments.of(source)
+    for stored in (False, True) if dtype == torch.float32 else (False,):
+        moments = replace(known, frame=replace(known.frame, stored=stored))
+        sketch = Sketch(source, moments, x[None, :20].to(centroid_dtype(dtype)), 16)
+        sketch.read()
+        exact = moments.frame.moved(x) @ sketch.basis
+        off = torch.linalg.vector_norm(sketch.rows.double() - exact, dim=1)
+        far = moments.dist2.sqrt() * moments.frame.scale
+        assert (off <= sketch.forming * (far + sketch.lift)).all()
+        assert off.max() > 0
+        left = torch.linalg.vector_norm(moments.frame.moved(x) - sketch.rows.double() @ sketch.basis.t(), dim=1)
+        assert (left <= sketch.norms.double()).all()
+        assert ((far + sketch.lift) / 16 <= sketch.norms.double()).all()  # what all else that rounds is a share of
+        assert (sketch.norms.double() <= left + far / 16 + sketch.lift / 16 + 1e-2 * far.max()).all()
 
 
 def test_centroids_in_their_own_space_leave_few_rows_open() -> None:

@@ -4,11 +4,13 @@ The centroids of all restarts lie close to a space of few dimensions, and after 
 it. Let Q (d, m) be an orthonormal basis of such a space, x~ = (x - m) s a row, c~ a centroid, y = Q^T x~ and
 z = Q^T c~. Then x~ . c~ is y . z within
 
-    ||x~ - Q y|| ||c~ - Q z|| + e ||x~|| ||c~||,
+    ||x~ - Q y|| ||c~ - Q z|| + (3 ||Q^T Q - I|| + f) (||x~|| + ||m|| s) ||c~||,
 
-by Cauchy-Schwarz; e bounds what Q lacks of being orthonormal and the rounding of y, which is formed in float64. So a
-pass over y (n, m), with the first term as one more share of the bound of `gpuclust.cluster.exact`, certifies most
-labels; the few rows that it leaves open are read in full. No label depends on whether there was a sketch.
+by Cauchy-Schwarz, where f bounds the rounding of y. That is formed in float32, from rows as they are stored where they
+may be, in sums of `_SLICE` products that are then added: f = sqrt(m) (K + S + 4) u, as in `gpuclust.cluster.exact`; and
+since y is not quite Q^T x~, ||x~ - Q y||^2 is known within 2 f (||x~|| + ||m|| s)^2. So a pass over y (n, m), with the
+first term as one more share of the bound of `gpuclust.cluster.exact`, certifies most labels; the few rows that it
+leaves open are read in full. No label depends on whether there was a sketch.
 
 Where the data has no such space the sketch leaves many rows open, and `Sketches` goes without. The bound is that of
 dimension reduction before nearest neighbours; that it holds for a basis of the centroids rather than of the rows, and
@@ -18,6 +20,7 @@ decomposition", Machine Learning 56, 2004, which clusters in the space of the le
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -26,7 +29,8 @@ from gpuclust.cluster.backends.base import Backend, Operand
 from gpuclust.cluster.backends.torch import propose
 from gpuclust.cluster.exact import FLOAT32, bounded, relative_error, summing_error
 from gpuclust.cluster.moments import Moments
-from gpuclust.cluster.sources.base import ChunkSource, block_rows, tile_rows, tiles
+from gpuclust.cluster.relief import relieved
+from gpuclust.cluster.sources.base import ChunkSource, block_rows
 
 # Below so many values of X a pass costs less than the care for a sketch; with fewer rows, the centroids' own sketch.
 _LEAST_VALUES, _LEAST_ROWS = 1 << 20, 1 << 12
@@ -38,6 +42,8 @@ _FEWEST = 8
 _MOST_CENTROIDS = 256
 # Rows on which a sketch is tried, and the part of a pass's price that it may cost.
 _SAMPLE, _WORTH = 512, 0.4
+# Products that are summed before these partial sums are added, and rows that are multiplied at a time.
+_SLICE, _ROWS = 256, 1024
 # Passes before the first sketch: until then the centroids move too far.
 _FIRST = 2
 # What a row's distance to the space counts as at least, as a share of its distance to the mean.
@@ -49,32 +55,43 @@ class Sketch:
 
     def __init__(self, source: ChunkSource, moments: Moments, centroids: torch.Tensor, most: int) -> None:
         self.source, self.moments, self.frame = source, moments, moments.frame
-        self.basis = self._basis(centroids, most)
+        # Of float32 numbers, so that only what it lacks of being orthonormal is an error.
+        self.narrow = self._basis(centroids, most).float()
+        self.basis = self.narrow.double()
         d, m = self.basis.shape
         product = self.basis.t() @ self.basis
         product.diagonal().sub_(1)
         self.error = torch.linalg.vector_norm(product).item() + (m + 4) * (d + 4) * 2.0**-52
+        terms = (min(d, _SLICE) + math.ceil(d / _SLICE) + 4) * FLOAT32.adding
+        self.forming = math.sqrt(m) * terms / (1 - terms)
+        self.lift = self.frame.offset * self.frame.scale if self.frame.stored else 0.0
         self.rows = self.norms = torch.empty(0)
 
     def read(self) -> None:
         """Sketch all rows: ``rows`` float32 (n, m), and ``norms`` float32 (n,), what bounds are multiplied with."""
-        (n, d), device = self.source.shape, self.source.device
+        n, device = self.source.shape[0], self.source.device
         self.rows = torch.empty(n, self.basis.shape[1], dtype=torch.float32, device=device)
         self.norms = torch.empty(n, dtype=torch.float32, device=device)
-        for start, x in self.source.chunks(tile_rows(d, device)):
+        for start, x in self.source.chunks(relieved(_ROWS)):
             part = slice(start, start + x.shape[0])
             self.rows[part], self.norms[part] = self.of(x, self.moments.dist2[part])
 
     def of(self, x: torch.Tensor, dist2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The sketch of rows (b, d) and their norms."""
-        y = torch.zeros(x.shape[0], self.basis.shape[1], dtype=torch.float64, device=x.device)
-        for span in tiles(tile_rows(x.shape[1], x.device), x.shape[1], x.device):
-            y.addmm_(self.frame.moved(x[:, span], span), self.basis[span])
-        length = dist2.sqrt() * self.frame.scale
-        left = length.square() * (1 + self.error) - y.square().sum(1) * (1 - self.error)
+        frame, d = self.frame, x.shape[1]
+        y = torch.zeros(x.shape[0], self.basis.shape[1], dtype=torch.float32, device=x.device)
+        for start in range(0, d, _SLICE):
+            span = slice(start, start + _SLICE)
+            y += (x[:, span] if frame.stored else frame.moved(x[:, span], span).float()) @ self.narrow[span]
+        if frame.stored:
+            y = (y.double() - frame.centre @ self.basis).mul_(frame.scale).float()
+        far = dist2.sqrt() * frame.scale
+        reach = far + self.lift
+        left = far.square() * (1 + self.error) - y.double().square_().sum(1) * (1 - self.error)
+        left += 2 * self.forming * reach.square()
         # At least a share of the length, so that this one number bounds the rounding, too.
-        far = torch.maximum(left.clamp_(min=0).sqrt_(), _FLOOR * length)
-        return y.float(), (far * (1 + 2.0**-20) + 2.0**-100).float()
+        far = torch.maximum(left.clamp_(min=0).sqrt_(), _FLOOR * reach)
+        return y, (far * (1 + 2.0**-20) + 2.0**-100).float()
 
     def open_share(self, operand: Operand) -> float:
         """The share of labels that the sketch leaves open, on a sample of the rows."""
@@ -104,7 +121,7 @@ class Sketch:
             moved.addmm_(z[part], self.basis.t(), alpha=-1.0)
             left[part] = torch.linalg.vector_norm(moved, dim=1)
         length = square.sqrt()
-        rounding = relative_error(z.shape[1], FLOAT32) + 4 * FLOAT32.rounding + 2 * self.error
+        rounding = relative_error(z.shape[1], FLOAT32) + 4 * FLOAT32.rounding + 4 * self.error + self.forming
         slope = 2 * (left + length * (self.error + rounding / _FLOOR))
         margin = self.frame.margin(square, flat.shape[1], summing_error(z.shape[1], FLOAT32))
         return bounded(centroids, (z * -2.0).float(), square, slope, margin)

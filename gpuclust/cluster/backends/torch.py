@@ -68,26 +68,32 @@ class TorchBackend:
         row, restart = changed.t().nonzero(as_tuple=True)
         if row.numel() == 0:
             return
-        cluster, sign = plus[restart, row] + restart * k, torch.ones_like(row, dtype=torch.float64)
+        base = restart * k
+        signed = [(1.0, plus[restart, row] + base)]
         if minus is not None:
-            cluster = torch.cat([cluster, minus[restart, row] + restart * k])
-            sign = torch.cat([sign, -sign])
-            row = row.repeat(2)
-        counts.view(-1).index_add_(0, cluster, sign)
+            signed.append((-1.0, minus[restart, row] + base))
+        for sign, cluster in signed:
+            counts.view(-1).index_add_(0, cluster, torch.full_like(row, sign, dtype=torch.float64))
 
         target = sums.view(len(sums), r * k, -1)
-        moved = row[: sign.numel() if minus is None else sign.numel() // 2].unique_consecutive()
-        if row.numel() * _PRODUCTS_PER_ADD < moved.numel() * r * k:
-            for part, span in _tiles(row.numel(), x):
-                for level, terms in enumerate(_terms(x, row[part], span, weights, grid)):
-                    target[level, :, span].index_add_(0, cluster[part], terms.mul_(sign[part, None]))
-            return
-        column = torch.searchsorted(moved, row)
-        member = torch.zeros(r * k, moved.numel(), dtype=torch.float64, device=x.device)
-        member[cluster, column] = sign
+        moved, column = row.unique_consecutive(return_inverse=True)
+        member: torch.Tensor | None = None
+        if len(signed) * row.numel() * _PRODUCTS_PER_ADD >= moved.numel() * r * k:
+            member = torch.zeros(r * k, moved.numel(), dtype=torch.float64, device=x.device)
+            for sign, cluster in signed:
+                member[cluster, column] = sign
         for part, span in _tiles(moved.numel(), x):
-            for level, terms in enumerate(_terms(x, moved[part], span, weights, grid)):
-                target[level, :, span].addmm_(member[:, part], terms)
+            terms = _terms(x, moved[part], span, weights, grid)
+            if member is not None:
+                for level, values in enumerate(terms):
+                    target[level, :, span].addmm_(member[:, part], values)
+                continue
+            # Where the rows of the part begin and end among those of all restarts.
+            pairs = slice(*torch.searchsorted(column, column.new_tensor([part.start, part.stop])).tolist())
+            for level, values in enumerate(terms):
+                values = values.index_select(0, column[pairs] - part.start)
+                for sign, cluster in signed:
+                    target[level, :, span].index_add_(0, cluster[pairs], values if sign > 0 else values.neg_())
 
 
 def propose(x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor) -> Candidates:
