@@ -50,10 +50,9 @@ class Tile:
                 return tile
         for rows in (192, 96):
             tile = cls(128, rows, streamed=True)
-            tiles = blocks(tile.chunk_rows(d), rows) * blocks(k, tile.columns)
-            fits = tile.shared_bytes(d) <= shared_bytes - _STATIC_BYTES
-            if fits and d <= _WIDEST and 5 * tiles >= 4 * multiprocessors:
-                return tile
+            if d <= _WIDEST and tile.shared_bytes(d) <= shared_bytes - _STATIC_BYTES:
+                tiles = blocks(tile.chunk_rows(d), rows) * blocks(k, tile.columns)
+                return tile if 5 * tiles >= 4 * multiprocessors else cls(columns, 0)
         return cls(columns, 0)
 
     @property
