@@ -78,7 +78,7 @@ def assigned(
     operand = operand if spoil is None else spoil(operand)
     # Unwritten labels would be seen: they are a view, between others that must stay.
     held = torch.full((len(centroids), len(x) + 2), -7, dtype=torch.int32, device=x.device)
-    norms = moments.frame.norms(moments.dist2)
+    norms = known.get("norms", moments.frame.norms(moments.dist2))
     count = backend.assign(x, norms, operand, held[:, 1:-1], known.get("precision", "exact"))
     assert count.dtype == torch.int64
     assert count.device == x.device
@@ -223,6 +223,30 @@ def test_streamed_rows_in_several_chunks_have_the_labels_and_open_rows_of_one(
     assert torch.equal(labels, labels_1)
     assert (decided, opened) == (decided_1, opened_1)
     assert kind == "blobs" or min(opened) > 0
+
+
+def test_the_open_rows_do_not_depend_on_how_blocks_share_the_centroids(
+    device: torch.device, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = rows("blobs", 300, 1030, torch.float32).to(device)
+    centroids, x = seeds(x, 1, 300), x[:120]
+    norms = (moments := Moments.of(TensorSource(x))).frame.norms(moments.dist2)
+    norms[:16] = math.nan  # these rows, and none of another block
+    opened = []
+    for multiprocessors, span in ((4, 2), (6, 1)):
+        backend = make(LITTLE)
+        monkeypatch.setattr(backend.launch, "multiprocessors", lambda _, some=multiprocessors: some)
+        assert Tile(128, 96, streamed=True).span(120, 3, 1, multiprocessors) == span
+        spy = backend.launch = Spy(backend.launch)
+        labels, _ = assigned(backend, x, centroids, norms=norms)
+        assert mislabelled(labels[0], x, centroids[0]) == 0
+        opened.append(int(spy.opened[0]))
+    assert opened[0] == opened[1]
+    backend = make(TOO_LITTLE)
+    spy = backend.launch = Spy(backend.launch)
+    assigned(backend, x, centroids, norms=norms)
+    assert abs(opened[0] - int(spy.opened[0])) <= 1
+    assert 16 < opened[0] < 115
 
 
 def test_rows_of_any_strides_are_read_where_they_lie(device: torch.device, make: Make) -> None:

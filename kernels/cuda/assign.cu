@@ -1,21 +1,21 @@
 // Nearest centroid of each row, certified or left open: product and argmin in one kernel; no score is ever stored.
 //
-// A block takes BLOCK_ROWS rows. It centres, scales and rounds them to float16 on their way into shared memory, once, and keeps them
-// there (d up to about 1000). Past them go the centroids of all restarts, COLUMNS at a time and DEPTH features of each in
-// a ring of STAGES pieces filled by cp.async, so that BLOCK_ROWS rows share each reading of the centroids. A warp multiplies
-// WARP_ROWS rows with 8 TILES centroids (mma m16n8k16: float16 products, float32 sums); where the features end it turns its
-// products into lower ends of scores and keeps, per row, the two least and the index of the least (best.cuh: 7 operations
-// a score). At the end of a restart, lanes and warps put theirs together; a row whose label is certain gets it, any other
-// is added to the list of open rows, whose length stays on the device. Lines of shared memory are 16 bytes longer than a
-// multiple of 64: ldmatrix then meets no bank twice. Two blocks fit a multiprocessor up to d = 256, so that one
-// multiplies while the other loads or compares.
+// A block takes BLOCK_ROWS rows. It centres, scales and rounds them to float16 on their way into shared memory, once,
+// and keeps them there (d up to about 1000). Past them go the centroids of all restarts, COLUMNS at a time and DEPTH
+// features of each in a ring of STAGES pieces filled by cp.async, so that BLOCK_ROWS rows share each reading of the
+// centroids. A warp multiplies WARP_ROWS rows with 8 TILES centroids (mma m16n8k16: float16 products, float32 sums);
+// where the features end it turns its products into lower ends of scores and keeps, per row, the two least and the
+// index of the least (best.cuh: 7 operations a score). At the end of a restart, lanes and warps put theirs together; a
+// row whose label is certain gets it, any other is added to the list of open rows, whose length stays on the device.
+// Lines of shared memory are 16 bytes longer than a multiple of 64: ldmatrix then meets no bank twice. Two blocks fit a
+// multiprocessor up to d = 256, so that one multiplies while the other loads or compares.
 //
-// With -DSTREAMED_ROWS for wider rows: they come as float16 (`convert` of select.cu) and DEPTH features of them go through the
-// ring beside those of the centroids. After each SLICE features the sums are added to totals and begin anew, as the
-// bound of exact.py wants it. One block then fills a multiprocessor: of its registers 3/4 are sums and totals, and 192 rows by
-// 128 centroids is the largest tile that leaves room for the operands; a smaller one would read more of the second-level
-// cache than that can give. Few such blocks have all rows, so a block takes `span` tiles of centroids of one restart
-// (blockIdx.y) and stores its least two of each row in `parts`, which `merge` of select.cu puts together.
+// -DSTREAMED_ROWS, for wider rows: they come as float16 (`convert` of select.cu), and DEPTH features of them go through
+// the ring beside those of the centroids. After each SLICE features the sums are added to totals and begin anew, as the
+// bound of exact.py wants it. Sums and totals are 3/4 of a multiprocessor's registers: 192 rows by 128 centroids, read
+// from the second-level cache less often than by any smaller tile, and one block at a time. A few such blocks have all
+// rows of a chunk, so each takes `span` tiles of centroids of one restart (blockIdx.y) and stores its two least of each
+// row in `parts`, (spans of all restarts, n); `merge` of select.cu puts them together.
 //
 // -DBLOCK_ROWS=64 or 128 (96 or 192 streamed), -DWARPS=1 or 2 (side by side), -DTILES=4 or 8.
 #include "best.cuh"
@@ -35,8 +35,9 @@ static_assert(COLUMNS % AT_ONCE == 0 && LINES % AT_ONCE == 0, "each thread copie
 
 // The pieces on their way through the ring: all pieces of the first COLUMNS centroids, then of the next.
 struct Stream {
-  const Float16 *columns, *rows;  // what this thread copies next: of (tiles * COLUMNS, width), zero beyond d and k; of (n, width)
-  Float16* to;                    // where in the ring
+  // What this thread copies next: of (tiles * COLUMNS, width), zero beyond d and k; of streamed rows (n, width).
+  const Float16 *columns, *rows;
+  Float16* to;  // where in the ring
   int64 width;
   int pieces, piece, steps;  // of a tile of centroids; the next one's place among them; all
 
@@ -45,7 +46,7 @@ struct Stream {
       : width(width), pieces(pieces), piece(0), steps(tiles * pieces) {
     const int line = threadIdx.x / (DEPTH / 8), part = threadIdx.x % (DEPTH / 8) * 8;
     this->columns = columns + line * width + part;
-    this->rows = rows + line * width + part;
+    this->rows = rows ? rows + line * width + part : nullptr;
     to = ring + line * PITCH + part;
   }
 
