@@ -441,6 +441,7 @@ def test_a_chunk_of_streamed_rows_is_whole_tiles_and_its_blocks_end_together() -
     assert tile.span(192, 8, 1, 132) == 1
     assert tile.span(11904, 2, 1, 132) == 1
     assert tile.span(100_000, 3, 1, 58) == 3
+    assert 5000 * -(-32 // tile.span(192, 32, 5000, 132)) <= 65535  # blocks of a grid's second dimension
 
 
 # ---- sums

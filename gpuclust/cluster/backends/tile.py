@@ -13,6 +13,8 @@ _SEEN_BYTES = 24 << 20
 # The widest rows that are streamed: so many of them are in that cache (3072) that reading the centroids once for each
 # such chunk, from the device's memory, is a twentieth of the time of their products.
 _WIDEST = 4096
+# Spans of all restarts: the second dimension of a grid, at most.
+_MOST_PARTS = 65535
 # Static shared memory of a block, at most.
 _STATIC_BYTES = 8 << 10
 
@@ -96,7 +98,8 @@ class Tile:
         def time(span: int) -> float:
             return blocks(at_once * blocks(column_tiles, span), multiprocessors) * (span + 0.1)
 
-        return min(sorted({blocks(column_tiles, spans) for spans in range(1, min(column_tiles, 64) + 1)}), key=time)
+        most = min(column_tiles, 64, max(1, _MOST_PARTS // r))
+        return min(sorted({blocks(column_tiles, spans) for spans in range(1, most + 1)}), key=time)
 
 
 def up(value: int, step: int) -> int:
