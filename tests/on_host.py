@@ -42,6 +42,9 @@ class HostLauncher:
     def shared_memory_bytes(self, device: torch.device) -> int:
         return self.shared_bytes
 
+    def multiprocessors(self, device: torch.device) -> int:
+        return 3
+
     def blocks(self, device: torch.device) -> int:
         return 3
 

@@ -24,9 +24,12 @@ class Launcher:
         properties: Any = torch.cuda.get_device_properties(device)
         return int(properties.shared_memory_per_block_optin)
 
+    def multiprocessors(self, device: torch.device) -> int:
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
     def blocks(self, device: torch.device) -> int:
         """Blocks of a grid that walks through a list whose length only the device knows: enough to fill it."""
-        return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+        return 4 * self.multiprocessors(device)
 
     def __call__(
         self,

@@ -73,3 +73,11 @@ struct Open {
     if (upper) upper[restart * n + place] = upper_end;
   }
 };
+
+// The label of a row, and the row to the list where the label is not certain; `width` and `slope` of the best centroid.
+__device__ __forceinline__ void settle(
+    const Best& best, float width, float slope, float norm, int* label, const Open& open, int64 restart, int64 row) {
+  *label = best.index;
+  const float upper = best.upper(width, slope, norm);
+  if (open.count && !best.certain(upper)) open.add(restart, (int)row, upper);
+}

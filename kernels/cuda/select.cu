@@ -1,8 +1,9 @@
-// For wide rows: torch multiplies matrices, these two kernels do what is before and after it.
+// For wide rows: what is before and after their products, whether torch multiplies matrices or assign.cu streams them.
 //
-// `convert` centres, scales and rounds a slice of the features to float16, 8 features a thread. `select` reads a chunk of
+// `convert` centres, scales and rounds features to float16, 8 of a row a thread. `select` reads a chunk of torch's
 // products (n, r k) that is still in the cache: a warp per row, its lanes across the centroids of a restart, keeps the
 // two least lower ends and labels the row or adds it to the list of open rows, as assign.cu does at the end of its tile.
+// `merge` does that, a thread per row, with the least two that assign.cu kept of each span of the centroids.
 #include "best.cuh"
 #include "rows.cuh"
 
@@ -37,11 +38,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) select(
     for (int64 j = lane; j < k; j += 32) best.take(lower_end(product[j], low[at + j], slope[at + j], norm), (int)j);
     best.merge_lanes(1, 32);
     if (lane == 0) {
-      labels[restart * label_stride + row] = best.index;
-      const float upper = best.upper(reach[at + best.index], slope[at + best.index], norm);
-      if (open_count && !best.certain(upper)) {
-        Open{open_count, open_rows, nullptr, open_stride}.add(restart, (int)(row_of_first + row), upper);
-      }
+      const int64 place = at + best.index;
+      settle(best, reach[place], slope[place], norm, labels + restart * label_stride + row,
+             Open{open_count, open_rows, nullptr, open_stride}, restart, row_of_first + row);
     }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) merge(
+    const Best* parts, int64 n, int64 spans, const float* norms, const float* terms, const float* reach, int64 k,
+    int64 r, int* labels, int64 label_stride, int* open_count, int* open_rows, int64 open_stride, int64 row_of_first) {
+  const int64 row = (int64)blockIdx.x * THREADS + threadIdx.x;
+  if (row >= n) return;
+  for (int64 restart = 0; restart < r; ++restart) {
+    Best best = parts[restart * spans * n + row];
+    for (int64 span = 1; span < spans; ++span) best.merge(parts[(restart * spans + span) * n + row]);
+    const int64 place = restart * k + best.index;  // k with the padding
+    settle(best, reach[place], terms[2 * place + 1], norms[row], labels + restart * label_stride + row,
+           Open{open_count, open_rows, nullptr, open_stride}, restart, row_of_first + row);
   }
 }

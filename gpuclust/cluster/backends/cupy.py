@@ -1,8 +1,8 @@
 """The CuPy backend: CUDA C++ kernels on NVIDIA GPUs from compute capability 8.0.
 
-Three looks, each at fewer rows: float16 on the tensor cores (``assign.cu``; for wide rows torch's matrix product and
-``select.cu``), float32 (``rescore.cu``), the reference distance (``decide.cu``). What a look leaves open stands in a
-list on the device, whose length the host never asks for: nothing waits in a pass. torch allocates every buffer.
+Three looks, each at fewer rows: float16 on the tensor cores (``assign.cu``, of resident or streamed rows, or torch's
+product and ``select.cu``), float32 (``rescore.cu``), the reference distance (``decide.cu``). What a look leaves open is
+in a list on the device, whose length the host never asks for: nothing waits in a pass. torch allocates every buffer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 import torch
 
 from gpuclust.cluster.backends.base import SLICE, Operand, Problem
+from gpuclust.cluster.backends.tile import Tile
+from gpuclust.cluster.backends.tile import blocks as _blocks
+from gpuclust.cluster.backends.tile import up as _up
 from gpuclust.cluster.exact import FLOAT16, Frame
 from gpuclust.cluster.sources.base import chunk_rows
 from gpuclust.cluster.sums import Grid
@@ -23,7 +26,7 @@ from gpuclust.kernels.launch import Launcher
 
 _ROW = {torch.float16: "Float16", torch.bfloat16: "BFloat16", torch.float32: "float", torch.float64: "double"}
 # As in the kernels' files.
-_DEPTH, _STAGES, _OWNERS = 32, 4, 128
+_OWNERS = 128
 _THREADS, _ROWS_ACCUMULATED, _WARPS = 256, 64, 8
 # Bytes of products that stay in the cache between the matrix product and `select`.
 _PRODUCT_BYTES = 24 << 20
@@ -42,15 +45,13 @@ class Looks(Operand):
     Attributes
     ----------
     padded : float16 (r, k', w)
-        ``matrix`` with zeros up to whole tiles of ``columns`` centroids and of features; (r, k, w) for wide rows.
+        ``matrix`` with zeros up to whole tiles of centroids and of features; (r, k, w) where torch multiplies.
     terms : float32 (r, k', 2)
         ``low`` and ``slope``; of what is no centroid infinity and 0.
     reach : float32 (r, k')
         ``high`` less ``low``.
-    columns : int
-        Centroids of a tile of ``assign.cu``.
-    block_rows : int
-        Rows of a tile; 0 for wide rows.
+    tile : Tile
+        How ``assign.cu`` sees them.
     finer : Operand
         In float32, for the rows that float16 leaves open.
     """
@@ -58,8 +59,7 @@ class Looks(Operand):
     padded: torch.Tensor
     terms: torch.Tensor
     reach: torch.Tensor
-    columns: int
-    block_rows: int
+    tile: Tile
     finer: Operand
 
 
@@ -105,15 +105,14 @@ class CupyBackend:
 
     def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
         """Rows of a chunk: where no scores are stored, the lists of open rows (12 bytes each) set them."""
-        if self._tile(k, d, device)[1]:
-            return chunk_rows(4 * r, d, device, memory_limit)
-        return chunk_rows(r * k, d, device, memory_limit)
+        stored = 4 * r if self._tile(k, d, device).rows else r * k
+        return chunk_rows(stored, d, device, memory_limit)
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Looks:
         operand, finer = frame.operand(centroids, dtype, FLOAT16), frame.operand(centroids, dtype)
         r, k, d = centroids.shape
-        columns, block_rows = self._tile(k, d, centroids.device)
-        rows, width = (_up(k, columns), _up(d, _DEPTH)) if block_rows else (k, _up(d, 8))
+        tile = self._tile(k, d, centroids.device)
+        rows, width = (_up(k, tile.columns), tile.width(d)) if tile.rows else (k, _up(d, 8))
         padded = operand.matrix.new_zeros(r, rows, width)
         padded[:, :k, :d] = operand.matrix.view(r, k, d)
         terms = operand.low.new_zeros(r, rows, 2)
@@ -127,8 +126,7 @@ class CupyBackend:
             padded=padded,
             terms=terms,
             reach=reach,
-            columns=columns,
-            block_rows=block_rows,
+            tile=tile,
             finer=finer,
         )
 
@@ -143,7 +141,7 @@ class CupyBackend:
         counts = torch.zeros(2, r, dtype=torch.int32, device=device)
         open_, left = labels.new_empty(2, r, n)
         upper = torch.empty(r, n, dtype=torch.float32, device=device)
-        look = self._assign if operand.block_rows else self._multiply
+        look = self._multiply if not operand.tile.rows else self._stream if operand.tile.streamed else self._assign
         if precision == "fast":  # the least score, without bounds
             scores = torch.stack([operand.terms[..., 0] + operand.reach / 2, torch.zeros_like(operand.reach)], 2)
             look(x, norms, replace(operand, terms=scores), labels, (None, None))
@@ -206,18 +204,47 @@ class CupyBackend:
     ) -> None:
         """The first look: product and argmin in one kernel."""
         r, k, _ = operand.centroids.shape
-        width, warps, rows = operand.padded.shape[2], _warps(operand.columns), operand.block_rows
-        tile = f"-DBLOCK_ROWS={rows}", f"-DWARPS={warps}", f"-DTILES={operand.columns // (8 * warps)}"
+        tile, (_, padded, width) = operand.tile, operand.padded.shape
         self.launch(
-            x.device, "assign.cu", (*self._options(x), *tile), "assign", (_blocks(x.shape[0], rows), 1), rows * warps,
-            _shared_bytes(rows, operand.columns, width), *_rows(x), operand.shift, operand.scale, norms,
-            operand.padded, width, operand.terms, operand.reach, k, r, labels, labels.stride(0), *lists,
+            x.device, "assign.cu", (*self._options(x), *tile.options), "assign", (_blocks(x.shape[0], tile.rows), 1),
+            tile.threads, tile.shared_bytes(width), *_rows(x), operand.shift, operand.scale, norms, operand.padded,
+            width, operand.terms, operand.reach, k, r, labels, labels.stride(0), *lists, padded // tile.columns, None,
         )  # fmt: skip
+
+    def _stream(
+        self, x: torch.Tensor, norms: torch.Tensor, operand: Looks, labels: torch.Tensor, lists: _Lists
+    ) -> None:
+        """The first look at wider rows: a chunk as float16, its tiles with all centroids, and `merge`."""
+        r, k, _ = operand.centroids.shape
+        n, device, options, tile = x.shape[0], x.device, self._options(x), operand.tile
+        _, padded, width = operand.padded.shape
+        size, column_tiles = tile.chunk_rows(width), padded // tile.columns
+        # Whole tiles: of what lies beyond the last row only products come that nobody reads.
+        seen = torch.empty(_up(min(n, size), tile.rows), width, dtype=torch.float16, device=device)
+        for first in range(0, n, size):
+            some, far = x[first : first + size], norms[first:]
+            rows = some.shape[0]
+            span = tile.span(rows, column_tiles, r, self.launch.multiprocessors(device))
+            spans = _blocks(column_tiles, span)
+            parts = norms.new_empty(r, spans, rows, 3)
+            self.launch(
+                device, "select.cu", options, "convert", (_blocks(rows * width, 8 * _THREADS), 1), _THREADS, 0,
+                *_rows(some), operand.shift, operand.scale, width, seen,
+            )  # fmt: skip
+            self.launch(
+                device, "assign.cu", ("-DROW=Float16", *tile.options), "assign", (_blocks(rows, tile.rows), r * spans),
+                tile.threads, tile.shared_bytes(width), *_rows(seen[:rows]), None, 1.0, far, operand.padded, width,
+                operand.terms, operand.reach, k, r, None, 0, None, None, span, parts,
+            )  # fmt: skip
+            self.launch(
+                device, "select.cu", options, "merge", (_blocks(rows, _THREADS), 1), _THREADS, 0, parts, rows, spans,
+                far, operand.terms, operand.reach, padded, r, labels[:, first:], labels.stride(0), *lists, n, first,
+            )  # fmt: skip
 
     def _multiply(
         self, x: torch.Tensor, norms: torch.Tensor, operand: Looks, labels: torch.Tensor, lists: _Lists
     ) -> None:
-        """The first look at wide rows: slices of features as float16, torch's product, and `select`."""
+        """The first look without a tile: slices of features as float16, torch's product, and `select`."""
         r, k, d = operand.centroids.shape
         n, device, options = x.shape[0], x.device, self._options(x)
         matrix = operand.padded.view(r * k, -1)
@@ -244,14 +271,8 @@ class CupyBackend:
                 labels[:, first:], labels.stride(0), *lists, n, first,
             )  # fmt: skip
 
-    def _tile(self, k: int, d: int, device: torch.device) -> tuple[int, int]:
-        """Centroids and rows of a tile of ``assign.cu``; no rows where the features do not fit shared memory."""
-        columns = 32 if k <= 32 else 64 if k <= 64 else 128
-        width, most = _up(d, _DEPTH), self.launch.shared_memory_bytes(device) - (8 << 10)
-        for rows in (128, 64):
-            if d <= SLICE and _shared_bytes(rows, columns, width) <= most:
-                return columns, rows
-        return columns, 0
+    def _tile(self, k: int, d: int, device: torch.device) -> Tile:
+        return Tile.of(k, d, self.launch.shared_memory_bytes(device), self.launch.multiprocessors(device))
 
     @staticmethod
     def _options(x: torch.Tensor) -> tuple[str, ...]:
@@ -277,20 +298,3 @@ def multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
     return x, x.shape[0], x.shape[1], x.stride(0), x.stride(1)
-
-
-def _warps(columns: int) -> int:
-    """Warps side by side: each has 64 centroids at most."""
-    return 2 if columns == 128 else 1
-
-
-def _shared_bytes(rows: int, columns: int, width: int) -> int:
-    return 2 * (rows * (width + 8) + _STAGES * columns * (_DEPTH + 8))
-
-
-def _up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-def _blocks(values: int, size: int) -> int:
-    return -(-values // size)
