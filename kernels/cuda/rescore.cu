@@ -47,7 +47,7 @@ struct Stream {
 // Adds the products of 32 rows and 32 centroids over a piece.
 __device__ __forceinline__ void multiply(
     float (&total)[2][TILES][4], const Float16* rows, int pitch, const Float16* columns, int lane) {
-#pragma unroll 1  // 128 registers are enough so
+#pragma unroll 1  // so that 128 registers are enough
   for (int depth = 0; depth < DEPTH; depth += 16) {
     unsigned high[2][4], low[2][4];
 #pragma unroll
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) rescore(
           if (column_tile == 0 || held < pieces) {
             __syncthreads();
             const int eighths = some * (DEPTH / 8);
-#pragma unroll 2
+#pragma unroll 1
             for (int i = thread; i < OPEN_ROWS * eighths; i += THREADS) {
               const int row = i / eighths, column = i % eighths * 8;
               const Split two = split_8(x, frame, chosen[row], (int64)begin * DEPTH + column, aligned);
