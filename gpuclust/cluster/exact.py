@@ -22,16 +22,17 @@ m||^2 + ||c - m||^2); that is added too, so that a certified label is the label 
 centroid whose score less its bound is not above the least of score plus bound stays a candidate. Where one is left, it
 is certain. Everything else, NaN and infinity included, is decided by the reference distance.
 
-**Two parts.** `SPLIT` multiplies float32 operands on float16 tensor cores: x^ = hi + lo, hi = fl16(x^), lo = fl16(x^ -
-hi), both at a scale (`Frame.lifted`) at which lo hardly underflows. Half a unit of hi's last place is a power of two, so
-|lo| <= 2**-11 |x^|, and the 11 digits of lo miss at most 2**-23 |x^| + 2**-25 of x^. Left out, lo . lo is at most 2**-22
-||x^|| ||c^||. Each operand answers for the conversion, for what lo misses and for half of lo . lo: rho = (1 + 2 + 2) u.
-The tensor cores sum hi . lo, lo . hi, then hi . hi over RUN = 16 features, from zero: that loses at most 16 v of the
-absolute values of hi . hi, at most (1 + 2**-11)**2 of x^ . c^, and three times 16 v of the others', at most 2**-10 (1 +
-2**-11) of it; a share of 2**-7 covers what exceeds 1. Float32 additions join the ceil(min(d, SLICE) / RUN) sums of a slice
-and the S slices, and the bias comes last, which the 8 u cover: g = G / (1 - G) with G = (1 + 2**-7) (min(d, RUN) v +
-(ceil(min(d, SLICE) / RUN) + S) u), and no g |bias_j|. t is 2**-25 and, for a hi that underflows, g of that again.
-``decide.cu`` sums the same x^ and c^ in float32, over 32 lanes: (SLICE / 32 + S + 5) u is less, for any d.
+**Two parts.** `SPLIT` multiplies float32 operands x^ and c^ on float16 tensor cores: x^ = hi + lo, hi = fl16(x^) and
+lo = fl16(x^ - hi), at a scale (`Frame.lifted`) at which lo hardly underflows. Half a unit in hi's last place is a power
+of two, so |lo| <= 2**-11 |x^|, and lo's 11 digits miss at most 2**-23 |x^| + 2**-25. What is left out, lo . lo, is at
+most 2**-22 ||x^|| ||c^||. Each operand answers for its conversion, for what lo misses, and for half of lo . lo: rho =
+(1 + 2 + 2) u. Over runs of R = 16 features the tensor cores sum hi . lo, lo . hi and then hi . hi, from zero. Each of
+these loses at most R v of all that the sum holds by then; together R v (1 + 2**-7) of |x^| . |c^|, since |hi| . |hi| is
+at most (1 + 2**-11)**2 of that and both others 2**-10 (1 + 2**-11). Float32 additions, of the same values, join the
+ceil(min(d, SLICE) / R) runs of a slice and the S slices. The bias comes last, within the 8 u, and has no g: so g = G /
+(1 - G), G = (1 + 2**-7) (min(d, R) v + (ceil(min(d, SLICE) / R) + S) u). t is 2**-25, and g of it again for a hi that
+underflows. ``decide.cu`` sums the same operands in float32 over 32 lanes, in fewer than SLICE / 32 + S + 5 additions
+that round: that is less than G for any d, so the same bound holds there.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The CuPy backend: CUDA C++ kernels on NVIDIA GPUs from compute capability 8.0.
 
 Three looks, each at fewer rows: float16 on the tensor cores (``assign.cu``; for wide rows torch's matrix product and
-``select.cu``), two float16 parts there (``rescore.cu``), the reference distance (``decide.cu``). What a look leaves open stands in a
-list on the device, whose length the host never asks for: nothing waits in a pass. torch allocates every buffer.
+``select.cu``), there again with operands of two float16 parts (``rescore.cu``), the reference distance (``decide.cu``).
+What a look leaves open stands in a list on the device, whose length the host never asks for: nothing waits in a pass.
+torch allocates every buffer.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any

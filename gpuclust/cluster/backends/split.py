@@ -66,8 +66,8 @@ class Split(Operand):
         per_piece = _OPEN_ROWS * 2 * _DEPTH * 2
         sums = self.threads * 32 * 4 if pieces * _DEPTH > SLICE else 0
         other = 2 * (_OPEN_ROWS * 8 + 2 * self.warps * _CENTROIDS * (2 * _DEPTH + 8)) + sums
-        left = most_bytes - _STATIC_BYTES - other
-        held = pieces if pieces * per_piece <= left else max(1, ((most_bytes // 2) - _STATIC_BYTES - other) // per_piece)
+        held, shared = ((most - _STATIC_BYTES - other) // per_piece for most in (most_bytes, most_bytes // 2))
+        held = pieces if pieces <= held else max(1, shared)
         return held, other + held * per_piece
 
 
