@@ -264,15 +264,22 @@ inline float cut_sum(const float* terms, int count) {
     largest = std::fmax(largest, std::fabs(terms[i]));
   }
   if (largest == 0) return 0;
-  const double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
-  double sum = 0;
-  for (int i = 0; i < count; ++i) sum += std::trunc(terms[i] / unit) * unit;
-  if (sum == 0) return 0;
-  const double last = std::ldexp(1.0, std::ilogb(sum) - 23);
-  return (float)(std::trunc(sum / last) * last);
+  // In units of the last of 24 bits of the largest: what is beyond them is cut, of the terms and of their sum.
+  const int last = std::ilogb(largest) - 23;
+  const double units = std::ldexp(1.0, -last);
+  long long sum = 0;
+  for (int i = 0; i < count; ++i) sum += (long long)(terms[i] * units);
+  long long size = std::llabs(sum), cut = 1;
+  while (size / cut >> 24) cut *= 2;
+  return (float)std::ldexp((double)(sum / cut * cut), last);
 }
 
 inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  static const std::vector<float> floats = [] {
+    std::vector<float> all(1 << 16);
+    for (unsigned bits = 0; bits < all.size(); ++bits) all[bits] = to_float(Float16{(unsigned short)bits});
+    return all;
+  }();
   struct Mine {
     unsigned a[4], b[2];
   };
@@ -280,13 +287,15 @@ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
   const int lane = on_host::current % 32;
   for (int i = 0; i < 4; ++i) {
     float terms[17] = {c[i]};
-    for (int depth = 0; depth < 16; ++depth) {
-      // The lane and register that hold A[row][depth] and B[depth][column].
-      const int pair = depth % 8 / 2, upper = depth / 8;
+    for (int pair = 0; pair < 4; ++pair) {
+      // The lanes and registers that hold A[row][depth] and B[depth][column] of four depths.
       const Mine row = on_host::of_lane<Mine>(all, lane / 4 * 4 + pair);
       const Mine column = on_host::of_lane<Mine>(all, (lane % 4 * 2 + i % 2) * 4 + pair);
-      const unsigned x = row.a[2 * upper + i / 2] >> depth % 2 * 16, y = column.b[upper] >> depth % 2 * 16;
-      terms[depth + 1] = to_float(Float16{(unsigned short)x}) * to_float(Float16{(unsigned short)y});
+      for (int upper = 0; upper < 2; ++upper) {
+        const unsigned x = row.a[2 * upper + i / 2], y = column.b[upper];
+        terms[8 * upper + 2 * pair + 1] = floats[x & 0xffff] * floats[y & 0xffff];
+        terms[8 * upper + 2 * pair + 2] = floats[x >> 16] * floats[y >> 16];
+      }
     }
     c[i] = cut_sum(terms, 17);
   }

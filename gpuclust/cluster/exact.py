@@ -21,6 +21,18 @@ PeerJ CS 2021). The reference distance is within (log2 d + 4) 2**-53 of exact, r
 m||^2 + ||c - m||^2); that is added too, so that a certified label is the label that the reference distance gives. Every
 centroid whose score less its bound is not above the least of score plus bound stays a candidate. Where one is left, it
 is certain. Everything else, NaN and infinity included, is decided by the reference distance.
+
+**Two parts.** `SPLIT` multiplies float32 operands x^ and c^ on float16 tensor cores: x^ = hi + lo, hi = fl16(x^) and
+lo = fl16(x^ - hi), at a scale (`Frame.lifted`) at which lo hardly underflows. Half a unit in hi's last place is a power
+of two, so |lo| <= 2**-11 |x^|, and lo's 11 digits miss at most 2**-23 |x^| + 2**-25. What is left out, lo . lo, is at
+most 2**-22 ||x^|| ||c^||. Each operand answers for its conversion, for what lo misses, and for half of lo . lo: rho =
+(1 + 2 + 2) u. Over runs of R = 16 features the tensor cores sum hi . lo, lo . hi and then hi . hi, from zero. Each of
+these loses at most R v of all that the sum holds by then; together R v (1 + 2**-7) of |x^| . |c^|, since |hi| . |hi| is
+at most (1 + 2**-11)**2 of that and both others 2**-10 (1 + 2**-11). Float32 additions, of the same values, join the
+ceil(min(d, SLICE) / R) runs of a slice and the S slices. The bias comes last, within the 8 u, and has no g: so g = G /
+(1 - G), G = (1 + 2**-7) (min(d, R) v + (ceil(min(d, SLICE) / R) + S) u). t is 2**-25, and g of it again for a hi that
+underflows. ``decide.cu`` sums the same operands in float32 over 32 lanes, in fewer than SLICE / 32 + S + 5 additions
+that round: that is less than G for any d, so the same bound holds there.
 """
 
 from __future__ import annotations
@@ -53,6 +65,12 @@ class Arithmetic:
         v, the relative error of an addition, at worst.
     reads_stored : bool
         Whether float32 rows may be read as they are stored, without centring.
+    run : int
+        Products that additions of the error v put together; the sums of runs are then added.
+    joining : float, optional
+        The relative error of an addition of the sums of runs; v by default.
+    split : bool
+        Whether products are of two float16 parts of each operand, and the bias is added to their sum.
     """
 
     dtype: torch.dtype
@@ -60,11 +78,24 @@ class Arithmetic:
     tiny: float
     adding: float
     reads_stored: bool = False
+    run: int = SLICE
+    joining: float | None = None
+    split: bool = False
 
 
 FLOAT32 = Arithmetic(torch.float32, _U, 0.0, _U, reads_stored=True)
 # On tensor cores, with float32 accumulators.
 FLOAT16 = Arithmetic(torch.float16, 2.0**-11, 2.0**-25, 2.0**-22)
+# The same, of two parts; see above.
+SPLIT = Arithmetic(
+    torch.float32,
+    5 * _U,
+    1.25 * 2.0**-25,
+    (1 + 2.0**-7) * 2.0**-22,
+    run=16,
+    joining=(1 + 2.0**-7) * _U,
+    split=True,
+)
 
 
 def reference_dist2(
@@ -150,6 +181,13 @@ class Frame:
         """Values (p, w) of a span of the features as float64, centred and scaled."""
         return (values.double() - self.centre[span]).mul_(self.scale)
 
+    def lifted(self, dtype: torch.dtype) -> float:
+        """A scale for rows of ``dtype`` in two float16 parts: small values keep their digits, however far the rows are
+        from zero, and centroids some thousand times as far from the centre as all rows are in range."""
+        by_distance = 2.0 ** min(1000, 3 - math.frexp(math.sqrt(self.far2))[1])
+        limit = 2.0 ** (1006 if dtype == torch.float64 else 126)
+        return min(max(2.0**6 * self.scale, by_distance), 2.0**40 * self.scale, limit)
+
     def norms(self, dist2: torch.Tensor) -> torch.Tensor:
         """Upper bounds of ||x - m|| s, float32 (b,), from the squared distances (b,) of the rows to the centre."""
         return (dist2.sqrt() * (self.scale * (1 + 2.0**-20)) + 2.0**-100).float()
@@ -158,7 +196,8 @@ class Frame:
         """Prepare centroids (r, k, d) for a pass over rows of ``dtype`` in an arithmetic."""
         r, k, d = centroids.shape
         stored = self.stored and arithmetic.reads_stored
-        scale = 1.0 if stored else self.scale
+        scale = 1.0 if stored else self.lifted(dtype) if arithmetic.split else self.scale
+        summing = 0.0 if arithmetic.split else summing_error(d, arithmetic)
         flat = centroids.reshape(r * k, d)
         matrix = torch.empty(r * k, d, dtype=arithmetic.dtype, device=flat.device)
         bias = torch.empty(r * k, dtype=torch.float64, device=flat.device)
@@ -177,8 +216,9 @@ class Frame:
         length = square.sqrt()
         slope = 2 * length * relative + 2 * tiny
         # What leaves the range of the operands' type is infinite there: with such a centroid nothing is certain.
-        slope.masked_fill_(2 * length * (1 + rho) >= torch.finfo(arithmetic.dtype).max, math.nan)
-        margin = self.margin(bias, d, summing_error(d, arithmetic), square, scale) + 2 * tiny * (tiny + length)
+        most = torch.finfo(torch.float16 if arithmetic.split else arithmetic.dtype).max
+        slope.masked_fill_(2 * length * (1 + rho) >= most, math.nan)
+        margin = self.margin(bias, d, summing, square, scale) + 2 * tiny * (tiny + length)
         # Of rows used as stored ||x^|| is up to ||m|| more than ||x - m||; the bias has terms of that size, too.
         margin += slope * lift + d * 2.0**-51 * length * lift
         if dtype == torch.float64 and self.vanishing:
@@ -207,7 +247,9 @@ class Frame:
 
 def summing_error(d: int, arithmetic: Arithmetic) -> float:
     """g: the share of its terms' absolute values that a sum of a bias and d products can lose."""
-    terms = (min(d, SLICE) + math.ceil(d / SLICE) + 1) * arithmetic.adding
+    joining = arithmetic.adding if arithmetic.joining is None else arithmetic.joining
+    joined = math.ceil(min(d, SLICE) / arithmetic.run) + math.ceil(d / SLICE)
+    terms = min(d, arithmetic.run) * arithmetic.adding + joined * joining
     return terms / (1 - terms)
 
 

@@ -1,95 +1,185 @@
-// A second look, in float32, at the rows that the first pass left open: most of them are certain here.
+// A second look at the rows that the first pass left open, on the tensor cores, too: most of them are certain here.
 //
-// The lists of open rows and their lengths are on the device: a grid of fixed size walks through them, restart after
-// restart. A block takes 32 open rows of a restart and passes the centroids by them, 64 at a time and 32 features at a
-// time, both in shared memory; a thread has the products of 4 rows (one warp's) with 2 centroids. Products are summed over
-// SLICE features before these partial sums are added, as the bound wants it. At the end the lanes of a warp hold all
-// centroids of its 4 rows and put their two least together. A row that is certain gets its label; any other goes to the
-// next list, with an upper end of its least score, which no candidate can lie above.
+// Rows and centroids are each two float16 numbers, hi + lo (rows.cuh; exact.SPLIT has the bound), kept side by side: DEPTH
+// features of a row or centroid are a piece of DEPTH hi and DEPTH lo. The lists of open rows and their lengths are on the
+// device: a grid of fixed size walks through them, restart after restart. A block takes OPEN_ROWS open rows of a restart,
+// splits them on their way into shared memory, `held` pieces at a time (all of them where they fit: then once), and passes
+// the centroids by them, COLUMNS at a time and a piece of each in a ring of two filled by cp.async. A warp multiplies 32
+// rows with 32 centroids: for 16 features hi lo, lo hi and hi hi go into one sum of the tensor cores, which float32
+// additions join over SLICE features and then, for wider rows, over the slices, in shared memory. The rest is as in
+// assign.cu; a row that is still open goes to the next list with an upper end of its least score, above which no
+// candidate can lie. Rows of shared memory are 16 bytes longer than a multiple of 128: ldmatrix meets no bank twice.
+//
+// -DWARPS=1, 2 or 4 (side by side).
 #include "best.cuh"
 #include "rows.cuh"
 
-constexpr int OPEN_ROWS = 32, COLUMNS = 64, DEPTH = 32, THREADS = 256, SLICE = 1024;
+constexpr int OPEN_ROWS = 64, TILES = 4, COLUMNS = WARPS * TILES * 8, THREADS = OPEN_ROWS * WARPS;
+constexpr int DEPTH = 32, PIECE = 2 * DEPTH, PITCH = PIECE + 8, SLICE_PIECES = 1024 / DEPTH;
+constexpr int AT_ONCE = THREADS / (PIECE / 8);  // centroids of which the threads copy 16 bytes each
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) rescore(
+// The pieces of the centroids on their way through the ring: all pieces of the first COLUMNS centroids, then of the next.
+struct Stream {
+  const Float16* source;
+  Float16* ring;
+  int left, pieces, piece, slot;  // pieces still to fetch, of a centroid, and where the next comes from and goes to
+
+  __device__ __forceinline__ void fetch() {
+    if (left > 0) {
+      const int column = threadIdx.x / (PIECE / 8), part = threadIdx.x % (PIECE / 8) * 8;
+      const int64 width = (int64)pieces * PIECE;
+      Float16* to = ring + (slot * COLUMNS + column) * PITCH + part;
+      const Float16* from = source + column * width + part;
+#pragma unroll
+      for (int i = 0; i < COLUMNS; i += AT_ONCE) copy_16_bytes(to + i * PITCH, from + i * width);
+      --left;
+      slot ^= 1;
+      source += PIECE;
+      if (++piece == pieces) {
+        piece = 0;
+        source += (COLUMNS - 1) * width;
+      }
+    }
+    copies_end();
+  }
+};
+
+// Adds the products of 32 rows and 32 centroids over a piece.
+__device__ __forceinline__ void multiply(
+    float (&total)[2][TILES][4], const Float16* rows, int pitch, const Float16* columns, int lane) {
+#pragma unroll 1  // so that 128 registers are enough
+  for (int depth = 0; depth < DEPTH; depth += 16) {
+    unsigned high[2][4], low[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const Float16* row = rows + (16 * m + lane % 16) * pitch + depth + lane / 16 * 8;
+      load_tiles(high[m], row);
+      load_tiles(low[m], row + DEPTH);
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; t += 2) {
+      unsigned column_high[4], column_low[4];
+      const Float16* column = columns + (8 * t + lane / 16 * 8 + lane % 8) * PITCH + depth + lane / 8 % 2 * 8;
+      load_tiles(column_high, column);
+      load_tiles(column_low, column + DEPTH);
+      float run[2][2][4] = {};
+      // Four sums at a time, so that none waits for its own last product.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mma(run[i / 2][i % 2], high[i / 2], column_low[i % 2 * 2], column_low[i % 2 * 2 + 1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mma(run[i / 2][i % 2], low[i / 2], column_high[i % 2 * 2], column_high[i % 2 * 2 + 1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mma(run[i / 2][i % 2], high[i / 2], column_high[i % 2 * 2], column_high[i % 2 * 2 + 1]);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) total[i / 8][t + i / 4 % 2][i % 4] += run[i / 8][i / 4 % 2][i % 4];
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) rescore(
     const ROW* first, int64 n, int64 d, int64 row_stride, int64 column_stride, const Wide* shift, double scale,
-    const float* norms, const float* matrix, const float* low, const float* slope, const float* reach, int64 k,
+    const float* norms, const Float16* parts, int64 width, int64 room, const float4* terms, const float* reach, int64 k,
     int64 r, int* labels, int64 label_stride, const int* open_count, const int* open_rows, int* left_count,
     int* left_rows, float* left_upper) {
-  __shared__ float some_rows[OPEN_ROWS][DEPTH + 1], some_columns[COLUMNS][DEPTH + 1];
+  DYNAMIC_SHARED(uint4, shared);
+  __shared__ Best found[WARPS][OPEN_ROWS];
+  __shared__ float norm[OPEN_ROWS];
   __shared__ int64 chosen[OPEN_ROWS];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int warp_row = warp / WARPS * 32, warp_column = warp % WARPS * TILES * 8;
   const Rows x = {first, n, d, row_stride, column_stride};
   const Frame frame = {shift, (Wide)scale};
   const Open left = {left_count, left_rows, left_upper, n};
+  const bool aligned = x.aligned();
 
-  for (int64 restart = 0; restart < r; ++restart) {
-    const int open = open_count[restart];
-    for (int64 from = (int64)blockIdx.x * OPEN_ROWS; from < open; from += (int64)gridDim.x * OPEN_ROWS) {
+  const int pieces = (int)width, held = (int)room;  // of a centroid, and of a row at a time
+  const int pitch = held * PIECE + 8;
+  Float16* tile = reinterpret_cast<Float16*>(shared);
+  Float16* ring = tile + OPEN_ROWS * pitch;
+  float* slices = reinterpret_cast<float*>(ring + 2 * COLUMNS * PITCH) + thread;  // a thread's own 32; where d > SLICE
+  const int column_tiles = (int)((k + COLUMNS - 1) / COLUMNS);
+
+  for (int restart = 0; restart < (int)r; ++restart) {
+    const int64 place = (int64)restart * column_tiles * COLUMNS;
+    const unsigned open = open_count[restart];
+    for (unsigned from = blockIdx.x * OPEN_ROWS; from < open; from += gridDim.x * OPEN_ROWS) {
       __syncthreads();
-      if (threadIdx.x < OPEN_ROWS) {
-        const int64 place = from + threadIdx.x;
-        chosen[threadIdx.x] = place < open ? open_rows[restart * n + place] : -1;
+      if (thread < OPEN_ROWS) {
+        const int64 row = from + thread < open ? open_rows[restart * n + from + thread] : n;
+        chosen[thread] = row;
+        norm[thread] = row < n ? norms[row] : 0.0f;
       }
       __syncthreads();
+      Stream stream = {parts + place * pieces * PIECE, ring, column_tiles * pieces, pieces, 0, 0};
+      stream.fetch();
       Best best[4];
-      float norm[4];
-      for (int i = 0; i < 4; ++i) {
-        best[i].clear();
-        const int64 row = chosen[4 * warp + i];
-        norm[i] = row < 0 ? 0.0f : norms[row];
-      }
-      for (int64 column = 0; column < k; column += COLUMNS) {
-        float total[4][2] = {}, part[4][2] = {};
-        for (int64 feature = 0; feature < d; feature += DEPTH) {
-          for (int i = warp; i < OPEN_ROWS; i += THREADS / 32) {
-            const bool there = chosen[i] >= 0 && feature + lane < d;
-            some_rows[i][lane] = there ? frame.seen(*x.at(chosen[i], feature + lane), feature + lane) : 0.0f;
-          }
-          for (int i = warp; i < COLUMNS; i += THREADS / 32) {
-            const bool there = column + i < k && feature + lane < d;
-            some_columns[i][lane] = there ? matrix[(restart * k + column + i) * d + feature + lane] : 0.0f;
-          }
-          __syncthreads();
-#pragma unroll 8
-          for (int f = 0; f < DEPTH; ++f) {
-            const float one = some_columns[lane][f], two = some_columns[lane + 32][f];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float value = some_rows[4 * warp + i][f];
-              part[i][0] = fmaf(value, one, part[i][0]);
-              part[i][1] = fmaf(value, two, part[i][1]);
+      for (int i = 0; i < 4; ++i) best[i].clear();
+
+      int slot = 0;
+      for (int column_tile = 0; column_tile < column_tiles; ++column_tile) {
+        float total[2][TILES][4] = {};
+        for (int begin = 0; begin < pieces; begin += held) {
+          const int some = pieces - begin < held ? pieces - begin : held;
+          if (column_tile == 0 || held < pieces) {
+            __syncthreads();
+            const int eighths = some * (DEPTH / 8);
+#pragma unroll 1
+            for (int i = thread; i < OPEN_ROWS * eighths; i += THREADS) {
+              const int row = i / eighths, column = i % eighths * 8;
+              const Split two = split_8(x, frame, chosen[row], (int64)begin * DEPTH + column, aligned);
+              uint4* to = reinterpret_cast<uint4*>(tile + row * pitch + column / DEPTH * PIECE + column % DEPTH);
+              to[0] = two.high;
+              to[DEPTH / 8] = two.low;
             }
           }
-          __syncthreads();
-          if ((feature + DEPTH) % SLICE == 0 || feature + DEPTH >= d) {
+          for (int piece = 0; piece < some; ++piece) {
+            copies_wait<0>();
+            __syncthreads();
+            stream.fetch();
+            const Float16* columns = ring + (slot * COLUMNS + warp_column) * PITCH;
+            slot ^= 1;
+            multiply(total, tile + warp_row * pitch + piece * PIECE, pitch, columns, lane);
+            const int done = begin + piece + 1;
+            if (done % SLICE_PIECES == 0 || (done > SLICE_PIECES && done == pieces)) {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              total[i / 2][i % 2] += part[i / 2][i % 2];
-              part[i / 2][i % 2] = 0.0f;
+              for (int i = 0; i < 8 * TILES; ++i) {
+                float& sum = total[i / (4 * TILES)][i / 4 % TILES][i % 4];
+                if (done > SLICE_PIECES) sum += slices[i * THREADS];
+                if (done < pieces) {
+                  slices[i * THREADS] = sum;
+                  sum = 0.0f;
+                }
+              }
             }
           }
         }
+        const int column = column_tile * COLUMNS + warp_column + lane % 4 * 2;
+        const float4* term = terms + (place + column) / 2;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int64 centroid = column + lane + 32 * j;
-          if (centroid < k) {
-            const float base = low[restart * k + centroid], steep = slope[restart * k + centroid];
+        for (int t = 0; t < TILES; ++t) {
+          const float4 pair = term[4 * t];  // low and slope of two centroids
 #pragma unroll
-            for (int i = 0; i < 4; ++i) best[i].take(lower_end(total[i][j], base, steep, norm[i]), (int)centroid);
+          for (int i = 0; i < 4; ++i) {
+            const float far = norm[warp_row + lane / 4 + 8 * i];
+            const float* two = total[i / 2][t] + i % 2 * 2;
+            best[i].take(lower_end(two[0], pair.x, pair.y, far), column + 8 * t);
+            best[i].take(lower_end(two[1], pair.z, pair.w, far), column + 8 * t + 1);
           }
         }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        best[i].merge_lanes(1, 32);
-        const int64 row = chosen[4 * warp + i];
-        if (lane == 0 && row >= 0) {
-          const int64 place = restart * k + best[i].index;
-          const float upper = best[i].upper(reach[place], slope[place], norm[i]);
-          labels[restart * label_stride + row] = best[i].index;
-          if (!best[i].certain(upper)) left.add(restart, (int)row, upper);
-        }
+        best[i].merge_lanes(1, 4);
+        if (lane % 4 == 0) found[warp % WARPS][warp_row + lane / 4 + 8 * i] = best[i];
+      }
+      __syncthreads();
+      if (thread < OPEN_ROWS && chosen[thread] < n) {
+        Best all = found[0][thread];
+        for (int other = 1; other < WARPS; ++other) all.merge(found[other][thread]);
+        const float4 pair = terms[(place + all.index) / 2];
+        const float upper = all.upper(reach[place + all.index], all.index % 2 ? pair.w : pair.y, norm[thread]);
+        labels[restart * label_stride + chosen[thread]] = all.index;
+        if (!all.certain(upper)) left.add(restart, (int)chosen[thread], upper);
       }
     }
   }

@@ -46,9 +46,9 @@ union Packed {
   uint4 words;
 };
 
-// Features column to column + 7 of a row as the tensor cores take them; zero beyond the last row and feature.
-__device__ __forceinline__ uint4 seen_8(const Rows& x, const Frame& frame, int64 row, int64 column, bool aligned) {
-  Packed out;
+// Features column to column + 7 of a row as a pass sees them; zero beyond the last row and feature.
+__device__ __forceinline__ void see_8(
+    float (&out)[8], const Rows& x, const Frame& frame, int64 row, int64 column, bool aligned) {
   if (row < x.n && aligned && column + 8 <= x.d) {
     union {
       ROW values[8];
@@ -58,13 +58,39 @@ __device__ __forceinline__ uint4 seen_8(const Rows& x, const Frame& frame, int64
 #pragma unroll
     for (int i = 0; i < (int)sizeof(ROW) / 2; ++i) in.words[i] = source[i];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out.halves[i] = to_float16(frame.seen(in.values[i], column + i));
+    for (int i = 0; i < 8; ++i) out[i] = frame.seen(in.values[i], column + i);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool there = row < x.n && column + i < x.d;
-      out.halves[i] = to_float16(there ? frame.seen(*x.at(row, column + i), column + i) : 0.0f);
+      out[i] = there ? frame.seen(*x.at(row, column + i), column + i) : 0.0f;
     }
   }
+}
+
+// The same as the tensor cores take them.
+__device__ __forceinline__ uint4 seen_8(const Rows& x, const Frame& frame, int64 row, int64 column, bool aligned) {
+  float values[8];
+  see_8(values, x, frame, row, column, aligned);
+  Packed out;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out.halves[i] = to_float16(values[i]);
   return out.words;
+}
+
+// The same in two parts, the value rounded and what that leaves (gpuclust.cluster.exact, SPLIT).
+struct Split {
+  uint4 high, low;
+};
+
+__device__ __forceinline__ Split split_8(const Rows& x, const Frame& frame, int64 row, int64 column, bool aligned) {
+  float values[8];
+  see_8(values, x, frame, row, column, aligned);
+  Packed high, low;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    high.halves[i] = to_float16(values[i]);
+    low.halves[i] = to_float16(values[i] - to_float(high.halves[i]));
+  }
+  return {high.words, low.words};
 }

@@ -1,14 +1,14 @@
 """The CuPy backend: CUDA C++ kernels on NVIDIA GPUs from compute capability 8.0.
 
 Three looks, each at fewer rows: float16 on the tensor cores (``assign.cu``, of resident or streamed rows, or torch's
-product and ``select.cu``), float32 (``rescore.cu``), the reference distance (``decide.cu``). What a look leaves open is
-in a list on the device, whose length the host never asks for: nothing waits in a pass. torch allocates every buffer.
+product and ``select.cu``), there again with operands of two float16 parts (``rescore.cu``), the reference distance
+(``decide.cu``). What a look leaves open is in a list on the device, whose length the host never asks for: nothing waits
+in a pass. torch allocates every buffer.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gpuclust.cluster.backends.base import SLICE, Operand, Problem
+from gpuclust.cluster.backends.split import Split, ends
 from gpuclust.cluster.backends.tile import Tile
 from gpuclust.cluster.backends.tile import blocks as _blocks
 from gpuclust.cluster.backends.tile import up as _up
@@ -40,7 +41,7 @@ _UNPROVED = "auto takes it once a committed GPU row shows its contract test pass
 
 @dataclass(frozen=True)
 class Looks(Operand):
-    """The float16 operand, as the kernels read it, and the float32 one.
+    """The float16 operand, as the kernels read it, and the one of two parts.
 
     Attributes
     ----------
@@ -52,15 +53,15 @@ class Looks(Operand):
         ``high`` less ``low``.
     tile : Tile
         How ``assign.cu`` sees them.
-    finer : Operand
-        In float32, for the rows that float16 leaves open.
+    finer : Split
+        For the rows that float16 leaves open.
     """
 
     padded: torch.Tensor
     terms: torch.Tensor
     reach: torch.Tensor
     tile: Tile
-    finer: Operand
+    finer: Split
 
 
 class CupyBackend:
@@ -109,23 +110,17 @@ class CupyBackend:
         return chunk_rows(stored, d, device, memory_limit)
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Looks:
-        operand, finer = frame.operand(centroids, dtype, FLOAT16), frame.operand(centroids, dtype)
+        operand, finer = frame.operand(centroids, dtype, FLOAT16), Split.of(frame, centroids, dtype)
         r, k, d = centroids.shape
         tile = self._tile(k, d, centroids.device)
         rows, width = (_up(k, tile.columns), tile.width(d)) if tile.rows else (k, _up(d, 8))
         padded = operand.matrix.new_zeros(r, rows, width)
         padded[:, :k, :d] = operand.matrix.view(r, k, d)
-        terms = operand.low.new_zeros(r, rows, 2)
-        terms[:, k:, 0].fill_(math.inf)
-        terms[:, :k] = torch.cat([operand.low, operand.slope], 1).view(r, k, 2)
-        reach = operand.low.new_zeros(r, rows)
-        reach[:, :k] = (operand.high - operand.low).view(r, k)
         own = {field.name: getattr(operand, field.name) for field in fields(Operand)}
         return Looks(
             **own,
             padded=padded,
-            terms=terms,
-            reach=reach,
+            **ends(operand, rows),
             tile=tile,
             finer=finer,
         )
@@ -149,16 +144,19 @@ class CupyBackend:
         look(x, norms, operand, labels, (counts[0], open_))
 
         fine = operand.finer
-        shared = (fine.shift, fine.scale, norms, fine.matrix, fine.low, fine.slope)
+        seen = (*_rows(x), fine.shift, fine.scale, norms)
+        held, shared_bytes = fine.room(self.launch.shared_memory_bytes(device))
+        found = k, r, labels, labels.stride(0)
         lists_left = (counts[1], left, upper)
-        for kernel, argument, lists_ in (
-            ("rescore", fine.high - fine.low, (counts[0], open_, *lists_left)),
-            ("decide", operand.centroids.contiguous(), lists_left),
-        ):
-            self.launch(
-                device, f"{kernel}.cu", self._options(x), kernel, (self.launch.blocks(device), 1), _THREADS, 0,
-                *_rows(x), *shared, argument, k, r, labels, labels.stride(0), *lists_,
-            )  # fmt: skip
+        grid, options = (self.launch.blocks(device), 1), self._options(x)
+        self.launch(
+            device, "rescore.cu", (*options, f"-DWARPS={fine.warps}"), "rescore", grid, fine.threads, shared_bytes,
+            *seen, fine.parts, fine.parts.shape[2], held, fine.terms, fine.reach, *found, counts[0], open_, *lists_left,
+        )  # fmt: skip
+        self.launch(
+            device, "decide.cu", options, "decide", grid, _THREADS, 0,
+            *seen, fine.matrix, fine.low, fine.slope, operand.centroids.contiguous(), *found, *lists_left,
+        )  # fmt: skip
         return counts[1].sum()
 
     def accumulate(
