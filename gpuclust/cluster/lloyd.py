@@ -312,12 +312,12 @@ class Lloyd:
         rechecked = self.sketches.assign(operand, new, self.precision)
         if rechecked is not None:
             self.work.rechecked += rechecked
-            changed = new != labels
-            moved = changed.any(0).nonzero()[:, 0]
-            for some in moved.split(self.chunk_rows(len(labels))) if len(moved) else ():
-                self.account(self.source.take(some), some, new[:, some], labels[:, some], sums, counts)
+            for start, x in self.source.chunks(self.chunk_rows(len(labels))):
+                part = slice(start, start + x.shape[0])
+                self.account(x, part, new[:, part], labels[:, part], sums, counts)
+            count = (new != labels).sum(1)
             labels.copy_(new)
-            return changed.sum(1)
+            return count
         count = torch.zeros(len(labels), dtype=torch.int64, device=centroids.device)
         for start, x in self.source.chunks(self.chunk_rows(len(labels))):
             part = slice(start, start + x.shape[0])
