@@ -115,9 +115,9 @@ class Setup:
         limit, settings = self.plan(self.layers).work_bytes, self.settings
         for layer in self.layers:
             sizes = self.images.n, layer.values, self.clusters
-            choose(settings.backend, Problem(*sizes, self.dtype, self.device, False, settings.n_init))
-            asked = settings.solver == "dual"
-            plan_solver(*sizes, settings.n_init, self.device.type, limit, asked=asked).choose(settings.solver)
+            problem = Problem(*sizes, self.dtype, self.device, False, settings.n_init)
+            choose(settings.backend, problem)
+            plan_solver(problem, limit, asked=settings.solver == "dual").choose(settings.solver)
 
     def describe(self, model: Any, data: Any) -> dict[str, Any]:
         """What a report says of the circumstances, for JSON; ``model`` and ``data`` as they were given."""

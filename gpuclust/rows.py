@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.fit import Fit
+from gpuclust.cluster.memory import least_bytes
 from gpuclust.cluster.sources.base import WatchedSource
 from gpuclust.cluster.sources.inputs import read_rows
 from gpuclust.config import environment
@@ -61,7 +63,8 @@ def cluster_file(file: Path, out: Path, clusters: int, *, force: bool = False, *
     started = time.perf_counter()
     try:
         with Progress() as bar:
-            rows = read_rows(x, parameters.get("device"), memory_limit=parameters["memory_limit"])
+            limit, beside = parameters["memory_limit"], partial(least_bytes, clusters, False)
+            rows = read_rows(x, parameters.get("device"), memory_limit=limit, beside=beside)
             watched = replace(rows, source=WatchedSource(rows.source, bar.passes(rows.source.shape[0])))
             fit = KMeans(clusters, **parameters).fit(watched).fit_report_
     except (MemoryError, RuntimeError) as error:

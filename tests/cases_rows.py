@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gpuclust import KMeans
+from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.memory import Needs, primal_needs
+from gpuclust.cluster.sources.arrays import row_dtype
+from gpuclust.cluster.sources.base import stage_bytes
 
 
 class Again:
@@ -50,6 +55,17 @@ def cut(x: Any, sizes: tuple[int, ...]) -> list[Any]:
 def mapped(folder: Path, x: np.ndarray, mode: str = "r") -> np.ndarray:
     np.save(folder / "x.npy", x)
     return np.load(folder / "x.npy", mmap_mode=mode)  # type: ignore[call-overload, no-any-return]
+
+
+def needs(x: Any, k: int, lightest: float | None = None) -> Needs:
+    """What the primal solver takes for rows, with weights where there is a lightest one."""
+    n, d = x.shape
+    return primal_needs(Problem(n, d, k, row_dtype(x), torch.device("cpu"), lightest is not None), n, lightest)
+
+
+def tight(x: Any, k: int, lightest: float | None = None, *, buffers: int = 2) -> int:
+    """The least memory limit for a fit of streamed rows: there is no room for a copy of them."""
+    return needs(x, k, lightest).least + buffers * stage_bytes()
 
 
 def same(model: KMeans, other: KMeans) -> None:

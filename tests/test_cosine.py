@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases_cluster import as_float64, blobs, mislabelled, relu, rows
+from cases_rows import tight
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import normalize
 
@@ -119,7 +120,8 @@ def test_no_bit_depends_on_chunks_or_on_where_the_rows_are(monkeypatch: pytest.M
     np.save(tmp_path / "x.npy", x)
     monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "3KiB")
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    for given, limit in ((x, None), (x, 20_000), (mapped, 20_000), ([x[:100], x[100:150], x[150:]], None)):
+    least = tight(x, 6, 2.0**-20, buffers=6)
+    for given, limit in ((x, None), (x, least), (mapped, least), ([x[:100], x[100:150], x[150:]], None)):
         found = cosine(6, n_init=3, memory_limit=limit).fit(given, sample_weight=weights)
         np.testing.assert_array_equal(found.labels_, plain.labels_)
         np.testing.assert_array_equal(found.cluster_centers_, plain.cluster_centers_)

@@ -24,6 +24,8 @@ from gpuclust.errors import InputError, UnavailableError
 
 FOLDER = Path(__file__).parent
 N = 240
+# Enough for one restart at a time.
+LITTLE = 3_000_000
 # Where the rows of each process end.
 CUTS = {2: (7, N), 3: (90, 95, N)}
 
@@ -74,7 +76,11 @@ def _cases(size: int) -> dict[str, tuple[torch.Tensor, dict[str, Any], np.ndarra
         cases[f"{init}, a process without weight"] = (_blobs(torch.float32), {"init": init, "n_init": 2}, _weights(100))
         cases[f"{init}, duplicates"] = (rows("noise", 6, 3).repeat(N // 6, 1), {"init": init}, _weights(100))
         cases[f"{init}, tight groups, far row"] = (rows("one far row", N, 3), {"init": init, "n_init": 3}, None)
-        cases[f"{init}, little memory"] = (_blobs(torch.float32), {"init": init, "n_init": 2, "memory_limit": 1}, None)
+        cases[f"{init}, little memory"] = (
+            _blobs(torch.float32),
+            {"init": init, "n_init": 2, "memory_limit": LITTLE},
+            None,
+        )
     cases["k-means++, weights"] = (x, {"n_init": 3}, _weights(0))
     cases["weights that are one here and two there"] = (_blobs(torch.float32), {}, np.where(np.arange(N) < 7, 1.0, 2.0))
     cases["array"] = (x, {"init": x[50:59]}, None)

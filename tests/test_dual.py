@@ -14,15 +14,17 @@ from cases_cluster import KINDS, blobs, mislabelled, rows
 from gpuclust import KMeans
 from gpuclust.cluster import dual as dual_module
 from gpuclust.cluster import gram as gram_module
+from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.dual import Dual
 from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.gram import Gram
 from gpuclust.cluster.lloyd import Lloyd, Weights
+from gpuclust.cluster.memory import dual_needs, primal_needs
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.solver import Plan, plan
 from gpuclust.cluster.sources.base import TensorSource
-from gpuclust.errors import UnavailableError
+from gpuclust.errors import MemoryLimitError, UnavailableError
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -141,7 +143,7 @@ def test_chunks_and_memory_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) 
         found = require_same(x, 5, n_init=6)
         assert torch.equal(found.centroids, first.centroids)
     monkeypatch.delenv("GPUCLUST_CHUNK_BYTES")
-    found = require_same(x, 5, n_init=6, memory_limit=3_000_000)
+    found = require_same(x, 5, n_init=6, memory_limit=6_000_000)
     assert torch.equal(found.labels, first.labels)
     monkeypatch.setattr(dual_module, "_PIECE_VALUES", {"cpu": 1})
     require_same(x, 5, n_init=6)
@@ -276,26 +278,44 @@ def test_hardly_a_row_is_read_again(kind: str, monkeypatch: pytest.MonkeyPatch) 
 # ---- the choice
 
 
+def problem(n: int, d: int, k: int, restarts: int, ranks: int = 1) -> Problem:
+    return Problem(n, d, k, torch.float32, torch.device("cpu"), restarts=restarts, ranks=ranks)
+
+
 def test_the_choice_is_by_predicted_time() -> None:
     wide, many, large = (
-        plan(*sizes, "cpu", None) for sizes in ((1000, 65_000, 50, 10), (70_000, 784, 10, 10), (9000, 200_000, 100, 10))
+        plan(problem(*sizes)) for sizes in ((1000, 65_000, 50, 10), (70_000, 784, 10, 10), (9000, 200_000, 100, 10))
     )
-    assert wide.choose("auto") == "dual"
+    assert wide.choose("auto") == ("dual", wide.dual)
     assert wide.dual_s < wide.primal_s
-    assert many.choose("auto") == "primal"
-    assert large.choose("auto") == "primal"  # its matrix takes more than is used without a limit
-    assert "beside the rows, of 537 MB" in str(large.refused)
-    near = plan(2000, 6000, 40, 10, "cpu", None)  # its matrix is two thirds of the rows
+    assert many.choose("auto")[0] == "primal"
+    assert large.choose("auto")[0] == "primal"  # its matrix takes more than is used without a limit
+    assert "beside the rows, of 1.22 GB" in str(large.refused)
+    near = plan(problem(2000, 6000, 40, 10))  # its matrix is two thirds of the rows
     assert near.dual_s < near.primal_s
-    assert near.choose("auto") == "primal"
-    assert plan(2000, 6000, 40, 10, "cpu", None, asked=True).choose("dual") == "dual"
-    roomy = plan(9000, 200_000, 100, 10, "cpu", 8 << 30)
-    assert roomy.choose("auto") == "dual"
-    assert roomy.choose("primal") == "primal"
+    assert near.choose("auto")[0] == "primal"
+    assert plan(problem(2000, 6000, 40, 10), asked=True).choose("dual")[0] == "dual"
+    roomy = plan(problem(9000, 200_000, 100, 10), 8 << 30)
+    assert roomy.choose("auto")[0] == "dual"
+    assert roomy.choose("primal")[0] == "primal"
+
+
+def test_the_solver_that_the_limit_allows_is_taken() -> None:
+    wide = problem(300, 100_000, 50, 4)
+    primal, dual = primal_needs(wide, wide.n), dual_needs(wide, wide.n)
+    assert plan(wide, primal.least).choose("primal")[0] == "primal"
+    costs = plan(wide, (primal.least + dual.least) // 2)
+    assert costs.choose("auto") == ("dual", costs.dual)
+    with pytest.raises(MemoryLimitError):
+        costs.choose("primal")
+    short = plan(problem(70_000, 784, 10, 10), 3_000_000)
+    for solver in ("auto", "primal"):
+        with pytest.raises(MemoryLimitError, match=r"leaves 3 MB beside X, and this fit takes at least 8.\d+ MB"):
+            short.choose(solver)
 
 
 def test_near_the_break_even_both_predictions_are_close() -> None:
-    costs = plan(1000, 64_896, 5, 10, "cpu", None)
+    costs = plan(problem(1000, 64_896, 5, 10))
     assert 0.5 < costs.primal_s / costs.dual_s < 2
     assert costs.dual_s == pytest.approx(1.1, rel=0.3)  # 0.9 to 1.0 s was measured for the matrix alone
 
@@ -306,7 +326,7 @@ def test_the_plan_is_one_line_with_both_solvers() -> None:
     found = fit_kmeans(TensorSource(x), 12, n_init=10, seed=1, tell=lines.append)
     assert found.solver == "dual"
     assert lines[0] == found.plan
-    assert found.plan == str(plan(60, 9000, 12, 10, "cpu", None))
+    assert found.plan == str(plan(problem(60, 9000, 12, 10)))
     assert found.plan.startswith("dual: ")
     assert "; primal: " in found.plan
     assert len(lines) == 11
@@ -317,15 +337,15 @@ def test_the_plan_is_one_line_with_both_solvers() -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"memory_limit": 1000}, "beside the rows, of 1 kB"),
-        ({"memory_limit": None, "resident": False}, "streamed"),
-        ({"memory_limit": None, "ranks": 3}, "3 processes"),
+        ({"memory_limit": 10_000_000}, "beside the rows, of 10 MB"),
+        ({"resident": False}, "streamed"),
+        ({"ranks": 3}, "3 processes"),
     ],
 )
 def test_where_it_cannot_run_it_is_refused(given: dict[str, Any], reason: str) -> None:
-    costs = plan(1000, 65_000, 50, 10, "cpu", asked=True, **given)
+    costs = plan(problem(1000, 65_000, 5, 10, given.pop("ranks", 1)), asked=True, **given)
     assert isinstance(costs, Plan)
-    assert costs.choose("auto") == "primal"
+    assert costs.limited or costs.choose("auto")[0] == "primal"
     assert reason in str(costs)
     with pytest.raises(UnavailableError, match=f"solver='dual' cannot run here: .*{reason}"):
         costs.choose("dual")

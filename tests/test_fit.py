@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases_cluster import blobs, mislabelled, reference_dist2, rows
+from cases_rows import needs
 
 from gpuclust.cluster import fit as fit_module
 from gpuclust.cluster.fit import Fit, fit_kmeans
@@ -64,7 +65,8 @@ def test_chunks_threads_memory_and_sources_do_not_change_a_bit(
         monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", size)
         require_same(first, fit(x, init=init, weights=weights))
     monkeypatch.delenv("GPUCLUST_CHUNK_BYTES")
-    for limit in (1, 100_000, 1 << 30):
+    least = needs(x, 6, 2.0**-20 if weighted else None).least
+    for limit in (least, 4 * least, 1 << 30):
         require_same(first, fit(x, init=init, weights=weights, memory_limit=limit))
     require_same(first, fit(Uneven(x), init=init, weights=weights))
     threads = torch.get_num_threads()
@@ -99,7 +101,7 @@ def test_a_restart_is_the_same_alone_and_among_others() -> None:
             fit(x, init=init, n_init=count, tell=few.append)
             assert few[1:] == lines[:count]
         split: list[str] = []
-        fit(x, init=init, n_init=5, tell=split.append, memory_limit=1)
+        fit(x, init=init, n_init=5, tell=split.append, memory_limit=needs(x, 6).least)
         assert split[1:] == lines
 
 
@@ -223,5 +225,7 @@ def test_the_budget_groups_the_restarts(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(fit_module.Lloyd, "run", run)
     x = rows("noise", 300, 5)
-    fit(x, n_init=5, memory_limit=2 * 32 * (7 * 5 + 300))
+    monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "1KiB")
+    takes = needs(x, 6)
+    fit(x, n_init=5, memory_limit=takes.fixed + takes.work + 5 * takes.restart // 2)
     assert sizes == [2, 2, 1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cases_cluster import rows
-from cases_rows import Again, OneBuffer, cut, mapped, same
+from cases_rows import Again, OneBuffer, cut, mapped, same, tight
 
 from gpuclust import KMeans
 from gpuclust.cluster.sources.arrays import to_rows
@@ -48,19 +48,21 @@ def test_streamed_and_chunked_and_resident_rows_are_one(
     other = rows(kind, 50, 7, dtype, seed=3).numpy()
     parameters = {"n_clusters": 5, "init": init, "n_init": 2, "random_state": 4}
     resident = KMeans(**parameters).fit(x, sample_weight=weights)
+    least = tight(x, 5, 0.25 if weighted else None)
     for given, other_given, limit in (
-        (mapped(tmp_path, x), other, 4000),
+        (mapped(tmp_path, x), other, least),
         (mapped(tmp_path, x), other, None),
         (cut(x, (40, 1, 63)), cut(other, (50,)), None),
         (Again(cut(x, (300,))), Again(cut(other, (7,))), None),
-        (OneBuffer(x, 17), OneBuffer(other, 60), 4000),
+        (OneBuffer(x, 17), OneBuffer(other, 60), least),
     ):
         model = KMeans(**parameters, memory_limit=limit).fit(given, sample_weight=weights)
         same(model, resident)
         for result in (model.cluster_centers_, model.labels_):
             assert type(result) is np.ndarray
         np.testing.assert_array_equal(model.predict(other_given), resident.predict(other))
-        np.testing.assert_array_equal(model.transform(other_given), resident.transform(other))
+        # Products in float64, whose last bit is the library's: it may depend on the number of rows.
+        np.testing.assert_allclose(model.transform(other_given), resident.transform(other), rtol=2**-50)
         assert model.score(given, sample_weight=weights) == resident.score(x, sample_weight=weights)
 
 
@@ -80,11 +82,13 @@ def test_streamed_and_chunked_and_resident_rows_are_one(
 def test_a_file_of_any_type_and_order_is_streamed(tmp_path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     x = change(np.abs(rows("blobs", 211, 6, torch.float64).numpy()))
     given = mapped(tmp_path, x)
-    model = KMeans(4, random_state=0, memory_limit=1000).fit(given)
+    model = KMeans(4, random_state=0, memory_limit=tight(x, 4)).fit(given)
     assert model.fit_report_.rows.startswith("streamed from a mapped file: ")
     same(model, KMeans(4, random_state=0).fit(x))
-    same(KMeans(4, random_state=0, memory_limit=1000).fit(given[3:200:2]), KMeans(4, random_state=0).fit(x[3:200:2]))
-    same(KMeans(4, random_state=0, memory_limit=1000).fit(given[::-1, 1:]), KMeans(4, random_state=0).fit(x[::-1, 1:]))
+    for some in (np.s_[3:200:2], np.s_[::-1, 1:]):
+        limited = KMeans(4, random_state=0, memory_limit=tight(x[some], 4)).fit(given[some])
+        assert limited.fit_report_.rows.startswith("streamed from a mapped file: ")
+        same(limited, KMeans(4, random_state=0).fit(x[some]))
 
 
 def test_tensors_come_back_for_chunks_of_tensors() -> None:
@@ -97,14 +101,15 @@ def test_tensors_come_back_for_chunks_of_tensors() -> None:
 
 def test_where_the_rows_were_is_in_the_report(tmp_path: Path) -> None:
     x = rows("blobs", 120, 5).numpy()
+    whole = (x * 9).astype("i4")
     for given, limit, says in (
         (x, None, "in memory"),
-        (torch.from_numpy(x), 1, "in memory"),
+        (torch.from_numpy(x), tight(x, 3), "in memory"),
         (mapped(tmp_path, x), None, "in a mapped file"),
-        (mapped(tmp_path, x), 3000, r"streamed from a mapped file: 2.4 kB, and there is room for 2.25 kB"),
-        (mapped(tmp_path, x), 3200, "in a mapped file"),
-        ((x * 9).astype("i4"), None, "copied to cpu (4.8 kB)"),
-        ((x * 9).astype("i4"), 6000, "streamed from memory: 4.8 kB, and there is room for 4.5 kB"),
+        (mapped(tmp_path, x), tight(x, 3), r"streamed from a mapped file: 2.4 kB, and there is room for 1.4 kB"),
+        (mapped(tmp_path, x), tight(x, 3) + 1001, "in a mapped file"),
+        (whole, None, "copied to cpu (4.8 kB)"),
+        (whole, tight(whole, 3), "streamed from memory: 4.8 kB, and there is room for 1.4 kB"),
         (cut(x, (50,)), None, "chunks, read anew in each pass"),
         (TensorSource(torch.from_numpy(x)), None, "a chunk source"),
     ):
@@ -122,7 +127,7 @@ def test_a_callable_init_gets_what_was_given(tmp_path: Path) -> None:
     wanted = KMeans(4, init=init, n_init=1).fit(x)
     chunks = cut(x, (30,))
     for given in (chunks, mapped(tmp_path, x)):
-        same(KMeans(4, init=init, n_init=1, memory_limit=1000).fit(given), wanted)
+        same(KMeans(4, init=init, n_init=1, memory_limit=tight(x, 4)).fit(given), wanted)
     assert seen[1] is chunks
     np.testing.assert_array_equal(seen[2], x)
 
@@ -235,14 +240,15 @@ def test_an_interrupted_fit_leaves_nothing_behind(
             raise KeyboardInterrupt
 
     read = read_rows(given, memory_limit=2000)
+    least = tight(x, 5)
     with pytest.raises(KeyboardInterrupt):
-        KMeans(5, random_state=0, memory_limit=2000).fit(WatchedSource(read.source, interrupt))
+        KMeans(5, random_state=0, memory_limit=least).fit(WatchedSource(read.source, interrupt))
     for thread in threading.enumerate():
         if thread.name == "gpuclust-staging":
             thread.join(10)
     assert threading.active_count() == before
     gc.collect()
-    same(KMeans(5, random_state=0, memory_limit=2000).fit(given), KMeans(5, random_state=0).fit(x))
+    same(KMeans(5, random_state=0, memory_limit=least).fit(given), KMeans(5, random_state=0).fit(x))
 
 
 # ---- CUDA
@@ -259,7 +265,7 @@ def test_rows_in_host_memory_stream_to_a_gpu(
     resident = KMeans(**parameters).fit(x)
     assert resident.fit_report_.rows.startswith("copied to cuda:0")
     for given in (x, x.pin_memory(), x.numpy(), mapped(tmp_path, x.numpy()), cut(x, (500, 3)), cut(x.cuda(), (500,))):
-        model = KMeans(**parameters, memory_limit=160_000).fit(given)
+        model = KMeans(**parameters, memory_limit=tight(x, 7)).fit(given)
         assert "streamed" in model.fit_report_.rows or "chunks" in model.fit_report_.rows
         same_on_host(model, resident)
         for result, wanted in (
@@ -289,7 +295,7 @@ def test_an_interrupted_pass_leaves_the_gpu_usable(monkeypatch: pytest.MonkeyPat
     next(stream)
     with pytest.raises(KeyboardInterrupt):
         stream.throw(KeyboardInterrupt)
-    model = KMeans(4, random_state=0, device="cuda", memory_limit=160_000).fit(x)
+    model = KMeans(4, random_state=0, device="cuda", memory_limit=tight(x, 4)).fit(x)
     same_on_host(model, KMeans(4, random_state=0, device="cuda").fit(x))
 
 

@@ -162,8 +162,8 @@ def test_predict_and_score_take_smaller_chunks_too() -> None:
 
 def test_every_kind_of_chunk_is_halved() -> None:
     def sizes() -> list[int]:
-        limited = chunk_rows(8, 64, CPU, 1 << 20)
-        return [block_rows(64, CPU), piece_rows(8, 64, CPU), tile_rows(10_000, CPU), chunk_rows(8, 64, CPU), limited]
+        shared = chunk_rows(8, 64, CPU, 4)
+        return [block_rows(64, CPU), piece_rows(8, 64, CPU), tile_rows(10_000, CPU), chunk_rows(8, 64, CPU), shared]
 
     usual = sizes()
     with relief(CPU) as room:

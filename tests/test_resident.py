@@ -17,6 +17,8 @@ from gpuclust.cluster import KMeans
 N, K = 20_000, 7
 # So wide that the blocks in which rows are read (2**18 values on a processor, 2**24 on a GPU) are a small part of all.
 WIDTH = {"cpu": 256, "cuda": 4096}
+# In which no copy of the rows has room.
+LIMIT = {"cpu": 12 << 20, "cuda": 160 << 20}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -74,7 +76,7 @@ def rows_on(device: str, dtype: torch.dtype) -> torch.Tensor:
 def test_a_fit_copies_no_rows(device: str, dtype: torch.dtype, init: str) -> None:
     x = rows_on(device, dtype)
     with watched(x):
-        model = KMeans(K, init=init, n_init=2, random_state=0, max_iter=3, memory_limit=1 << 20).fit(x)
+        model = KMeans(K, init=init, n_init=2, random_state=0, max_iter=3, memory_limit=LIMIT[device]).fit(x)
     assert model.labels_.device == model.cluster_centers_.device == x.device
 
 
@@ -82,7 +84,7 @@ def test_a_fit_copies_no_rows(device: str, dtype: torch.dtype, init: str) -> Non
 def test_weighted_fits_and_what_follows_copy_no_rows(device: str) -> None:
     x = rows_on(device, torch.float32)
     weights = torch.rand(N, generator=torch.Generator().manual_seed(1)).to(device)
-    model = KMeans(K, random_state=0, max_iter=2, memory_limit=1 << 20)
+    model = KMeans(K, random_state=0, max_iter=2, memory_limit=LIMIT[device])
     with watched(x):
         model.fit(x, sample_weight=weights)
         model.predict(x)
@@ -95,7 +97,7 @@ def test_far_centroids_that_empty_their_clusters_copy_no_rows(device: str) -> No
     x = rows_on(device, torch.float32)
     init = torch.cat([x[:3], torch.full((4, WIDTH[device]), 100.0, device=device)])
     with watched(x):
-        KMeans(K, init=init, max_iter=2, memory_limit=1 << 20).fit(x)
+        KMeans(K, init=init, max_iter=2, memory_limit=LIMIT[device]).fit(x)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -105,7 +107,7 @@ def test_a_layer_store_is_clustered_where_it_lies(device: str) -> None:
         store.append(batch)
     store.finish()
     with watched(store.rows):
-        model = KMeans(K, random_state=0, n_init=2, max_iter=3, memory_limit=1 << 20).fit(store)
+        model = KMeans(K, random_state=0, n_init=2, max_iter=3, memory_limit=LIMIT[device]).fit(store)
     plain = KMeans(K, random_state=0, n_init=2, max_iter=3).fit(store.rows)
     assert torch.equal(model.labels_, plain.labels_)
     assert torch.equal(model.cluster_centers_, plain.cluster_centers_)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases_rows import tight
 
 from gpuclust import KMeans
 from gpuclust.errors import GpuclustError, InputError
@@ -110,9 +111,10 @@ def test_the_memory_limit_of_the_environment_counts_where_none_is_given(
     tmp_path: Path, x: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.save(tmp_path / "x.npy", x)
-    monkeypatch.setenv("GPUCLUST_MEMORY_LIMIT", "8kB")
+    monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "700")
+    monkeypatch.setenv("GPUCLUST_MEMORY_LIMIT", str(tight(x, 2)))
     assert cluster_file(tmp_path / "x.npy", tmp_path / "one.npy", 2, random_state=0)[0].rows == (
-        "streamed from a mapped file: 11.2 kB, and there is room for 6 kB"
+        "streamed from a mapped file: 11.2 kB, and there is room for 1.4 kB"
     )
     fit, _ = cluster_file(tmp_path / "x.npy", tmp_path / "two.npy", 2, random_state=0, memory_limit=10**6)
     assert fit.rows == "in a mapped file"

@@ -12,10 +12,11 @@ from gpuclust.bench.peers import OPS, Found, Peer, Stored, Work
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose, survey
 from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.memory import default_limit, primal_needs
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.seeding.draws import RandomBits
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
-from gpuclust.cluster.solver import budget_bytes, plan
+from gpuclust.cluster.solver import plan
 from gpuclust.cluster.sources.base import TensorSource, chunk_rows
 from gpuclust.errors import InputError, first_line
 
@@ -55,9 +56,10 @@ class Ours(Peer):
 
     def refuses(self, case: Case, device: torch.device) -> str | None:
         try:
-            choose(self.backend, Problem(case.n, case.d, case.k, case.torch_dtype, device, False, case.n_init))
+            problem = Problem(case.n, case.d, case.k, case.torch_dtype, device, False, case.n_init)
+            choose(self.backend, problem)
             if self.solver == "dual":  # measured only where "auto" may take it
-                plan(case.n, case.d, case.k, case.n_init, device.type, None).choose("dual")
+                plan(problem).choose("dual")
         except InputError as error:
             return first_line(error)
         return None
@@ -111,8 +113,10 @@ class Ours(Peer):
 
         def call() -> torch.Tensor:
             with full_precision(device):
-                bits, budget = [RandomBits(seed, 0)], budget_bytes(device.type)
-                (chosen,) = choose_plus_plus(source, moments, k, bits, None, budget)
+                problem = Problem(*source.shape, k, source.dtype, device)
+                needs = primal_needs(problem, problem.n)
+                share = needs.within(default_limit(problem, problem.n, needs), 1)
+                (chosen,) = choose_plus_plus(source, moments, k, [RandomBits(seed, 0)], None, share.spare_bytes)
                 return source.take(torch.as_tensor(chosen, device=device))
 
         return Work(call, lambda centroids: [Found(centroids)])

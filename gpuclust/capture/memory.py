@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from gpuclust.capture.layers import Layer
+from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.memory import primal_needs
 from gpuclust.config import show_bytes
 from gpuclust.errors import MemoryLimitError
 
-CHUNK_BYTES = 64 * 2**20
 # Activations that a forward pass holds at once: a layer's input, its output, and a convolution's own workspace.
 FORWARD_COPIES = 3
 
@@ -144,9 +145,8 @@ def make_plan(
     dtype, device
         Of the stored rows.
     clusters, n_init
-        Of k-means. Its workspace is ``4 (k + 1) n_init d 8`` bytes (centroids, sums in float64 and what is computed of
-        them, for every restart, at the widest layer) ``+ 32 n n_init`` (labels, distances, draws) ``+ 64 MiB`` of
-        chunks.
+        Of k-means. Its workspace is what the primal solver takes for the widest layer with all restarts at a time and
+        with chunks of the usual size (`gpuclust.cluster.memory`).
     batch_size
         Images of one forward pass, estimated at three copies of its widest activation in float32.
     module_bytes
@@ -159,9 +159,10 @@ def make_plan(
         Values per image of the widest activation that the forward pass computes; by default the widest of `layers`,
         which is too little where only late layers are captured.
     """
-    size = torch.empty((), dtype=dtype).element_size()
+    size = dtype.itemsize
     rows = tuple(LayerPlan(layer.name, layer.module, layer.values, n * layer.values * size) for layer in layers)
     d = max((row.d for row in rows), default=0)
+    needs = primal_needs(Problem(n, max(1, d), clusters, dtype, device), n)
     return MemoryPlan(
         network=network_name,
         n=n,
@@ -171,7 +172,7 @@ def make_plan(
         module_bytes=module_bytes,
         activations_bytes=sum(row.bytes for row in rows),
         forward_bytes=FORWARD_COPIES * batch_size * max(widest or 0, d) * 4,
-        work_bytes=4 * (clusters + 1) * n_init * d * 8 + n * n_init * 32 + CHUNK_BYTES,
+        work_bytes=needs.fixed + n_init * needs.restart + needs.work,
         free_bytes=free,
         limit_bytes=limit,
     )

@@ -47,6 +47,11 @@ class UnitRows:
         self.dtype = centroid_dtype(source.dtype)
         self._rows = max(1, stage_bytes(memory_limit) // (self.shape[1] * self.dtype.itemsize))
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Of the chunk in use and the next."""
+        return 2 * min(self._rows, self.shape[0]) * self.shape[1] * self.dtype.itemsize
+
     def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Chunks of unit rows.
 

@@ -61,13 +61,11 @@ class Dual:
     ----------
     lloyd : Lloyd
         The primal solver, whose rows, weights, tolerance and rules these are; its `Work` counts labels of this one.
-    memory_limit : int or None
-        Bytes of a slice of the features, times 8.
     """
 
-    def __init__(self, lloyd: Lloyd, memory_limit: int | None = None) -> None:
+    def __init__(self, lloyd: Lloyd) -> None:
         self.lloyd, self.source, self.moments, self.weights = lloyd, lloyd.source, lloyd.moments, lloyd.weights
-        self.gram = Gram(lloyd.source, lloyd.moments, memory_limit)
+        self.gram = Gram(lloyd.source, lloyd.moments)
         self.rounding = Rounding(lloyd.moments, lloyd.weights, lloyd.source.dtype)
         self.dtype = centroid_dtype(lloyd.source.dtype)
         self.certain = not lloyd.moments.frame.vanishing or lloyd.source.dtype != torch.float64

@@ -24,11 +24,10 @@ from gpuclust.cluster.relief import relief
 from gpuclust.cluster.seeding.draws import RandomBits
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus, choose_random
 from gpuclust.cluster.seeding.scalable import choose_scalable
-from gpuclust.cluster.solver import budget_bytes, dual_together, plan, primal_together
+from gpuclust.cluster.solver import plan
 from gpuclust.cluster.sources.base import ChunkSource, take_rows
 from gpuclust.cluster.sums import total
 from gpuclust.errors import UnavailableError
-from gpuclust.free import free_bytes
 
 # Algebraic inertias that differ by less than this share of the spread are told apart by the rows themselves.
 _ALIKE = 2.0**-36
@@ -124,8 +123,8 @@ def fit_kmeans(
         Never changes the result; "auto" takes the one that should be faster.
     algorithm : {"lloyd", "hartigan-wong"}
     memory_limit : int or None
-        Bytes that may be used beside the rows. It groups the restarts and never changes the result. Where memory runs
-        out nevertheless, smaller chunks are tried, and ``notes`` says so.
+        Bytes that may be used beside the rows (`gpuclust.cluster.memory`). It never changes the result. Where memory
+        runs out nevertheless, smaller chunks are tried, and ``notes`` says so.
     tell : Callable or None
         Takes a line about the solvers, and one about each restart.
     group : Group or None
@@ -140,6 +139,8 @@ def fit_kmeans(
         For NaN, infinity and values whose squares overflow, and for processes that disagree or have no rows.
     UnavailableError
         If the backend or solver asked for cannot run.
+    MemoryLimitError
+        If ``memory_limit`` is less than the fit takes at least.
     """
     d, device, group = source.shape[1], source.device, group or OneProcess()
     watch = _Watch(device)
@@ -183,16 +184,18 @@ def fit_kmeans(
                 seed=seed,
                 weights=weights,
             )
+        shares = None if weights is None else Weights(weights, block)
+        lightest = None if shares is None else shares.lightest
         with in_all(group):
-            # The dual solver that is asked for may take all there is, and no more.
-            room_bytes = free_bytes(device) if solver == "dual" and memory_limit is None else memory_limit
             costs = plan(
-                *(n, d, k, n_init, device.type, room_bytes),
+                problem,
+                memory_limit,
+                rows=block.most,
+                lightest=lightest,
                 resident=source.resident,
-                ranks=group.size,
                 asked=solver == "dual",
             )
-            solver = costs.choose("primal" if metric == "cosine" else solver)
+            solver, share = costs.choose("primal" if metric == "cosine" else solver)
             if algorithm == "hartigan-wong" and group.size > 1:
                 raise UnavailableError(
                     "algorithm='hartigan-wong' moves single rows one after another, which processes that share the "
@@ -200,22 +203,20 @@ def fit_kmeans(
                 )
         if tell:
             tell(str(costs))
-        shares = None if weights is None else Weights(weights, block)
+        room.begin(share.halvings)
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
         spherical: dict[str, Any] = {"finish": unit_means} if metric == "cosine" else {}
         unit *= HALF if spherical else 1.0
-        lightest = None if shares is None else shares.lightest
         moments = alone(lambda: Moments.of(source, lightest, block))
         watch.lap("moments_s")
-        budget = budget_bytes(device.type, memory_limit)
         lloyd = Lloyd(
             runner,
             source,
             moments,
             group,
             shares,
-            lambda restarts: runner.chunk_rows(restarts, k, d, device, memory_limit),
-            budget,
+            lambda restarts: runner.chunk_rows(restarts, k, d, device),
+            share.spare_bytes,
             max_iter=max_iter,
             tol=tol * moments.spread / (n * d),
             precision=precision,
@@ -223,18 +224,15 @@ def fit_kmeans(
             **spherical,
         )
         dual = None
-        together = primal_together(block.most, d, k, n_init, budget)
         if solver == "dual":
-            dual = alone(partial(Dual, lloyd, memory_limit))
-            together = dual_together(n, d, k, n_init, budget)
-            budget = max(1, budget - 8 * n * n)  # what is left to seeding beside the matrix
+            dual = alone(partial(Dual, lloyd))
             watch.lap("gram_s")
         solutions: list[Solution] = []
-        for first in range(0, n_init, together):
-            restarts = range(first, min(n_init, first + together))
+        for first in range(0, n_init, share.together):
+            restarts = range(first, min(n_init, first + share.together))
             rows = None
             if isinstance(init, str):
-                rows = alone(partial(_seed, init, source, moments, k, seed, restarts, shares, budget))
+                rows = alone(partial(_seed, init, source, moments, k, seed, restarts, shares, share.spare_bytes))
             given = [] if isinstance(init, str) else [init[restart] for restart in restarts]
             ended: list[Ending | Solution] = []
             if dual:
@@ -311,7 +309,7 @@ def _seed(
     seed: int,
     restarts: range,
     weights: Weights | None,
-    budget_bytes: int,
+    spare_bytes: int,
 ) -> list[list[int]]:
     """The numbers of the ``k`` rows that each restart begins with."""
     values = None if weights is None else weights.values
@@ -319,8 +317,8 @@ def _seed(
         return choose_random(moments.block, k, seed, restarts, values)
     bits = [RandomBits(seed, restart) for restart in restarts]
     if init == "k-means||":
-        return choose_scalable(source, moments, k, bits, weights, budget_bytes)
-    return choose_plus_plus(source, moments, k, bits, values, budget_bytes)
+        return choose_scalable(source, moments, k, bits, weights, spare_bytes)
+    return choose_plus_plus(source, moments, k, bits, values, spare_bytes)
 
 
 def _close(solutions: list[Solution], moments: Moments) -> list[Solution]:

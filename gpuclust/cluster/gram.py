@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from gpuclust.cluster.moments import Moments
+from gpuclust.cluster.relief import relieved
 from gpuclust.cluster.sources.base import ChunkSource
 from gpuclust.config import environment
 
@@ -27,11 +28,10 @@ def gamma(terms: float) -> float:
     return terms * U / (1 - terms * U)
 
 
-def slice_width(n: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+def slice_width(n: int, d: int, device: torch.device) -> int:
     """Features whose float64 copy for all rows is cheap to hold. GPUCLUST_CHUNK_BYTES sets its bytes, too."""
     size = environment().chunk_bytes or _SLICE_BYTES.get(device.type, 16 << 20)
-    size = size if memory_limit is None else min(size, memory_limit // 8)
-    return max(1, min(d, size // (8 * n)))
+    return max(1, min(d, relieved(size // 8) // n))
 
 
 class Gram:
@@ -50,10 +50,10 @@ class Gram:
         A value is within ``error ||x~_i|| ||x~_j||`` of exact; so are the `products` with other points.
     """
 
-    def __init__(self, source: ChunkSource, moments: Moments, memory_limit: int | None = None) -> None:
+    def __init__(self, source: ChunkSource, moments: Moments) -> None:
         (n, d), device = source.shape, source.device
         self._source, self._frame, self.scale = source, moments.frame, moments.frame.scale
-        self._width = slice_width(n, d, device, memory_limit)
+        self._width = slice_width(n, d, device)
         # In two steps: the square of the scale may leave the range of float64.
         self.dist2 = moments.dist2 * self.scale * self.scale
         self.norms = (moments.dist2.sqrt() * self.scale).mul_(1 + 2.0**-40)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -18,10 +19,11 @@ from gpuclust.cluster.cosine import HALF, UnitRows, require_directions, unit_row
 from gpuclust.cluster.distributed import Block, Group, in_all, unshared
 from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.lloyd import distances
+from gpuclust.cluster.memory import halvings_within, least_bytes
 from gpuclust.cluster.moments import centroid_dtype
 from gpuclust.cluster.portable import from_host, has_moved, is_here, to_host
 from gpuclust.cluster.predict import dist2_to_all, nearest
-from gpuclust.cluster.relief import relief
+from gpuclust.cluster.relief import Relief, relief
 from gpuclust.cluster.scikit import ScikitLearn
 from gpuclust.cluster.sources.arrays import read_array
 from gpuclust.cluster.sources.base import ChunkSource, TensorSource
@@ -32,6 +34,8 @@ from gpuclust.errors import InputError, UnavailableError
 
 # Beginnings that have a name.
 INITS = ("k-means++", "k-means||", "random")
+# Labels and distances of a row that is asked about.
+_RESULT_BYTES = 16
 
 
 class KMeans(ScikitLearn):
@@ -79,9 +83,14 @@ class KMeans(ScikitLearn):
     device : str, torch.device or None
         Where to compute; where X is by default.
     memory_limit : int or None
-        Bytes for a copy of X on the device and for what grows with clusters, features and restarts; beside it a fit
-        holds some 60 bytes per row. X of which a copy would take more than three quarters of it (or of what is free)
-        is streamed. It never changes the result. Where memory runs out in mid-fit, smaller chunks are tried.
+        Bytes that tensors may take beside X; less than one restart needs is an error, which says how much that is. A
+        copy of X on the device counts; X that leaves too little is streamed. None: about 256 MiB and a tenth of X. It
+        never changes the result. Where memory runs out in mid-fit, smaller chunks are tried. With L levels of sums (1
+        for float32 rows below 2**19 of them, else 2; more for weights), w bytes of a centroid's value, r restarts that
+        run at a time and 2 to 32 MiB (on a GPU 32 to 512 MiB) of chunks, a fit takes at most
+        ``40 n + d (64 + k (24 + 8 L)) + r (40 n + k d (2 w + 12 + 8 L))`` with the primal solver and
+        ``40 n + d (64 + k (32 + 8 L + 3 w)) + 12 n^2 + r (64 n + 32 k n)`` with the dual one, and 40 n + 8 r n more
+        with weights. See `gpuclust.cluster.memory`.
 
     Attributes
     ----------
@@ -171,6 +180,8 @@ class KMeans(ScikitLearn):
             For sparse X.
         UnavailableError (a ValueError)
             For a backend, solver or device that cannot run here.
+        MemoryLimitError (a ValueError)
+            For a ``memory_limit`` that is less than the fit takes at least.
         """
         with self._as_it_was():
             return self._fit(X, sample_weight)
@@ -179,12 +190,13 @@ class KMeans(ScikitLearn):
         X, group = unshared(X)
         with in_all(group):
             self._check_parameters()
-            rows = self._read(X, reset=True)
+            rows = self._read(X, reset=True, weighted=sample_weight is not None)
             own_seed = _seed(self.random_state)
         k = int(self.n_clusters)
         told = group.gather((rows.source.shape[0], own_seed))
         n, seed = sum(count for count, _ in told), told[0][1]
-        source = self._measured(rows, first=sum(count for count, _ in told[: group.rank]))
+        rows = self._measured(rows, first=sum(count for count, _ in told[: group.rank]))
+        source = rows.source
         with in_all(group):
             if k > n:
                 raise InputError(f"n_samples={n} should be >= n_clusters={k}.")
@@ -235,10 +247,11 @@ class KMeans(ScikitLearn):
     def predict(self, X: Any) -> Any:
         """The nearest centroid of each row of ``X`` (n, d): int32 (n,)."""
         rows, centroids = self._known(unshared(X)[0])
-        source = self._measured(rows)
-        backend, limit = self._backend(source), rows.left_of(self.memory_limit)
-        with full_precision(source.device), relief(source.device) as room:
-            return rows.back(room.run(lambda: nearest(source, centroids, backend, self.precision, limit)))
+        rows = self._measured(rows)
+        source = rows.source
+        backend = self._backend(source)
+        with self._room(rows) as room:
+            return rows.back(room.run(lambda: nearest(source, centroids, backend, self.precision)))
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """``fit(X)``, then its labels: int32 (n,)."""
@@ -254,13 +267,13 @@ class KMeans(ScikitLearn):
         # Where it is wanted: the device that rows are streamed to may have no room for it.
         out = torch.empty(rows.source.shape[0], len(centroids), dtype=centroids.dtype, device=rows.home)
 
-        source = self._measured(rows)
+        source = self._measured(rows).source
 
         def fill() -> None:
             for part, dist2 in dist2_to_all(source, centroids):
                 out[part] = dist2.sqrt_() if self.metric == "euclidean" else dist2.mul_(HALF)
 
-        with full_precision(source.device), relief(source.device) as room:
+        with self._room(rows) as room:
             room.run(fill)
         return self._in_container(rows.back(out), X)
 
@@ -273,13 +286,13 @@ class KMeans(ScikitLearn):
         X, group = unshared(X)
         with in_all(group):
             rows, centroids = self._known(X)
-        source = self._measured(rows)
+        rows = self._measured(rows)
+        source = rows.source
         weights = read_weights(sample_weight, source, group)
-        with full_precision(source.device), relief(source.device) as room:
+        with self._room(rows) as room:
             with in_all(group):
-                limit = rows.left_of(self.memory_limit)
                 backend = self._backend(source)
-                labels = room.run(lambda: nearest(source, centroids, backend, self.precision, limit))
+                labels = room.run(lambda: nearest(source, centroids, backend, self.precision))
                 dist2 = room.run(lambda: distances(source, centroids, labels))
             found = total(dist2, weights, Block.of(source.shape[0], group))
             return -found if self.metric == "euclidean" else -found * HALF
@@ -350,12 +363,18 @@ class KMeans(ScikitLearn):
                     f"alone; leave {parameter!r} at its default"
                 )
 
-    def _read(self, X: Any, *, reset: bool) -> Rows:
+    def _read(self, X: Any, *, reset: bool, weighted: bool = False) -> Rows:
         if hasattr(X, "columns") or hasattr(self, "feature_names_in_"):
             from sklearn.utils.validation import _check_feature_names
 
             _check_feature_names(self, X, reset=reset)
-        rows = read_rows(X, self.device if reset else self._device(), type(self).__name__, self.memory_limit)
+        rows = read_rows(
+            X,
+            self.device if reset else self._device(),
+            type(self).__name__,
+            self.memory_limit,
+            beside=partial(least_bytes, int(self.n_clusters), weighted) if reset else None,
+        )
         d = rows.source.shape[1]
         if reset:
             self.n_features_in_ = d
@@ -365,11 +384,21 @@ class KMeans(ScikitLearn):
             )
         return rows
 
-    def _measured(self, rows: Rows, first: int = 0) -> ChunkSource:
+    def _measured(self, rows: Rows, first: int = 0) -> Rows:
         """The rows as the metric sees them; ``first`` is the number of the first of them."""
         if self.metric == "euclidean":
-            return rows.source
-        return UnitRows(rows.source, rows.left_of(self.memory_limit), first)
+            return rows
+        unit = UnitRows(rows.source, rows.left_of(self.memory_limit), first)
+        return replace(rows, source=unit, held_bytes=rows.held_bytes + unit.buffer_bytes)
+
+    @contextmanager
+    def _room(self, rows: Rows) -> Iterator[Relief]:
+        """For what is asked of a fitted model: chunks that keep within the limit, beside results."""
+        device, limit = rows.source.device, rows.left_of(self.memory_limit)
+        with full_precision(device), relief(device) as room:
+            if limit is not None:
+                room.begin(halvings_within(limit - _RESULT_BYTES * rows.source.shape[0], device))
+            yield room
 
     def _known(self, X: Any) -> tuple[Rows, torch.Tensor]:
         self._check_fitted()

@@ -169,7 +169,7 @@ class Lloyd:
     weights : Weights or None
     chunk_rows : Callable[[int], int]
         Rows of a chunk for a number of active restarts. The result does not depend on it.
-    budget_bytes : int
+    spare_bytes : int
         For what may be kept to save time. The result does not depend on it.
     max_iter : int
     tol : float
@@ -194,7 +194,7 @@ class Lloyd:
         group: Group,
         weights: Weights | None,
         chunk_rows: Callable[[int], int],
-        budget_bytes: int,
+        spare_bytes: int,
         *,
         max_iter: int,
         tol: float,
@@ -209,7 +209,7 @@ class Lloyd:
         self.max_iter, self.tol, self.precision = max_iter, tol, precision
         self.norms = moments.frame.norms(moments.dist2)
         self.work = Work()
-        self.sketches = Sketches(backend, source, moments, self.norms, budget_bytes // 4)
+        self.sketches = Sketches(backend, source, moments, self.norms, spare_bytes)
         # Where a pass waits for the device anyway, or reads a file, one that was not needed costs more than it gains.
         self.late = int(not backend.waits and source.resident)
 
@@ -368,15 +368,20 @@ class Lloyd:
         shifts = masses.new_empty(r)
         # A cluster that gave its last row away stays where it is.
         moves = steps[:, None] & (masses > 0)
-        size = block_rows(k * d, centroids.device)
+        # Whole restarts, or some clusters of one.
+        size, rows = block_rows(k * d, centroids.device), block_rows(d, centroids.device)
         for start in range(0, r, size):
             part = slice(start, start + size)
-            before = centroids[part]
-            means = joined(sums[:, part]) / masses[part, :, None]
-            after = self.finish(means.flatten(0, 1), before.flatten(0, 1)).view_as(before)
-            after = torch.where(moves[part, :, None], after, before)
-            shifts[part] = tree_sum((after.double() - before).square_().flatten(1))
-            before.copy_(after)
+            square = torch.empty_like(centroids[part], dtype=torch.float64)
+            for first in range(0, k, rows):
+                some = part, slice(first, first + rows)
+                before = centroids[some]
+                means = joined(sums[:, some[0], some[1]]) / masses[some][..., None]
+                after = self.finish(means.flatten(0, 1), before.flatten(0, 1)).view_as(before)
+                after = torch.where(moves[some][..., None], after, before)
+                torch.sub(after.double(), before, out=square[some]).square_()
+                before.copy_(after)
+            shifts[part] = tree_sum(square.flatten(1))
         return shifts
 
     def _fill_empty(
@@ -419,9 +424,13 @@ class Lloyd:
         """T - 2 sum_j (c_j - m) . (S_j - n_j m) + sum_j n_j ||c_j - m||^2, free of any order."""
         known, weights = self.moments, self.weights
         spread = known.spread if weights is None else total(known.dist2, weights.values, known.block)
-        moved = centroids.double() - self.moments.mean
-        cross = (joined(sums) - mass[:, None] * self.moments.mean).mul_(moved)
-        cross = cross.mul_(-2.0).add_(moved.square_().mul_(mass[:, None]))
+        cross = torch.empty_like(centroids, dtype=torch.float64)
+        size = block_rows(centroids.shape[1], centroids.device)
+        for start in range(0, len(centroids), size):
+            part = slice(start, start + size)
+            moved = centroids[part].double() - self.moments.mean
+            cross[part] = (joined(sums[:, part]) - mass[part, None] * self.moments.mean).mul_(moved)
+            cross[part].mul_(-2.0).add_(moved.square_().mul_(mass[part, None]))
         return spread + tree_sum(cross.view(1, -1)).item()
 
 

@@ -20,7 +20,6 @@ def nearest(
     centroids: torch.Tensor,
     backend: Backend,
     precision: str = "exact",
-    memory_limit: int | None = None,
 ) -> torch.Tensor:
     """The nearest of the centroids (k, d) for every row: int32 (n,).
 
@@ -32,7 +31,7 @@ def nearest(
     n, d = source.shape
     labels = torch.empty(1, n, dtype=torch.int32, device=source.device)
     centre = centroids.double().mean(0).to(centroid_dtype(source.dtype)).double()
-    for start, x in source.chunks(backend.chunk_rows(1, len(centroids), d, source.device, memory_limit)):
+    for start, x in source.chunks(backend.chunk_rows(1, len(centroids), d, source.device)):
         largest = largest_per_column(x, start).amax().item()
         dist2 = _far2(x, centre)
         frame = Frame.of(source.dtype, centre, largest, dist2.mean().item(), dist2.amax().item())

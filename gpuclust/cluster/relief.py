@@ -39,6 +39,10 @@ class Relief:
     def __init__(self, device: torch.device) -> None:
         self.device, self.halvings = device, 0
 
+    def begin(self, halvings: int) -> None:
+        """Rows of a chunk are halved so often from the beginning, to keep within a limit."""
+        _HALVINGS.set(_HALVINGS.get() + halvings)
+
     def run(self, attempt: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
         """The result of ``attempt()``; after each failure for want of memory ``undo()`` comes first.
 

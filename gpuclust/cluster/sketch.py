@@ -44,6 +44,8 @@ _MOST_CENTROIDS = 256
 _SAMPLE, _WORTH = 512, 0.4
 # Products that are summed before these partial sums are added, and rows that are multiplied at a time.
 _SLICE, _ROWS = 256, 1024
+# Rows that are read in full at a time, at least.
+_LEAST_READ = 64
 # Passes before the first sketch: until then the centroids move too far.
 _FIRST = 2
 # What a row's distance to the space counts as at least, as a share of its distance to the mean.
@@ -131,12 +133,12 @@ class Sketches:
     """When a sketch is made, used, made anew, and done without; times are in passes over all rows and centroids."""
 
     def __init__(
-        self, backend: Backend, source: ChunkSource, moments: Moments, norms: torch.Tensor, budget_bytes: int
+        self, backend: Backend, source: ChunkSource, moments: Moments, norms: torch.Tensor, spare_bytes: int
     ) -> None:
         self.backend, self.source, self.moments, self.norms = backend, source, moments, norms
-        self.budget_bytes = budget_bytes
+        self.spare_bytes = spare_bytes
         n, d = source.shape
-        self.most = min(_MOST, d // _SHARE, budget_bytes // (4 * n) - 1)
+        self.most = min(_MOST, d // _SHARE)
         self.possible = (
             source.device.type == "cpu"
             and source.resident
@@ -158,7 +160,7 @@ class Sketches:
         else None."""
         centroids = operand.centroids
         self.passes += 1
-        if not self.possible or self.passes <= self.start or 16 * centroids.numel() > self.budget_bytes:
+        if not self.possible or self.passes <= self.start or self._bytes(len(operand.matrix)) > self.spare_bytes:
             return None
         # A row read alone costs more than its share of a pass that serves all restarts at once.
         clusters = len(operand.matrix)
@@ -181,6 +183,12 @@ class Sketches:
             self.sketch = None
         return rechecked
 
+    def _bytes(self, clusters: int) -> int:
+        """What a sketch for so many centroids takes: itself, its basis while that is found, and rows that are read."""
+        n, d = self.source.shape
+        found = 16 * min(_MOST_CENTROIDS, clusters) + 40 * self.most
+        return 4 * n * (self.most + 1) + d * (found + 8 * _LEAST_READ)
+
     @staticmethod
     def _propose(sketch: Sketch, operand: Operand, labels: torch.Tensor) -> list[torch.Tensor]:
         """Label the rows in the sketch: for each restart, the rows that are left open."""
@@ -192,7 +200,7 @@ class Sketches:
         """Label the rows left open in each restart in a full pass: how many the reference distance decided."""
         k, d = operand.centroids.shape[1:]
         rechecked = 0
-        size = max(64, 16 * block_rows(d, labels.device))
+        size = max(_LEAST_READ, 16 * block_rows(d, labels.device))
         for i, rows in enumerate(open_rows):
             part = slice(i * k, (i + 1) * k)
             one = replace(

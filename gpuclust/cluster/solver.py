@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.gram import BLOCKS
+from gpuclust.cluster.memory import Share, default_limit, dual_needs, primal_needs
 from gpuclust.config import show_bytes
-from gpuclust.errors import UnavailableError
+from gpuclust.errors import MemoryLimitError, UnavailableError
+from gpuclust.free import free_bytes
 
 # Operations per second of float32 products (float64: half of that), and bytes per second that are read.
 _RATES = {"cpu": (150e9, 10e9), "cuda": (50e12, 2e12)}
@@ -22,19 +25,23 @@ _PASSES, _JOINS = 12, 4
 _CENTROID_BYTES = 80
 # Adding a row to a sum costs as much as so many columns of a product.
 _PER_ADD = 16
-# Bytes for what grows with the restarts that run together, where no limit is given.
-_BUDGET_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the solvers would take; ``refused`` says why the dual one cannot run, if so."""
+    """What the solvers would take; ``refused`` says why the dual one cannot run, if so, and ``limited`` why the primal.
+
+    ``primal`` and ``dual`` are how they divide the limit.
+    """
 
     primal_s: float
     primal_bytes: int
+    primal: Share
     dual_s: float
     dual_bytes: int
+    dual: Share
     refused: str | None
+    limited: MemoryLimitError | None = None
 
     def __str__(self) -> str:
         if self.refused:
@@ -43,49 +50,53 @@ class Plan:
             (_shown("dual", self.dual_s, self.dual_bytes), _shown("primal", self.primal_s, self.primal_bytes))
         )
 
-    def choose(self, solver: str) -> str:
-        """The solver for what was asked for; with "auto" the faster one.
+    def choose(self, solver: str) -> tuple[str, Share]:
+        """The solver for what was asked for, with "auto" the faster one that the limit allows, and its share.
 
         Raises
         ------
         UnavailableError
             If the dual solver was asked for and cannot run.
+        MemoryLimitError
+            If the limit is too little.
         """
         if solver == "dual" and self.refused:
             raise UnavailableError(f"solver='dual' cannot run here: {self.refused}; use solver='auto' or 'primal'")
-        if solver != "auto":
-            return solver
-        return "dual" if self.refused is None and self.dual_s < self.primal_s else "primal"
+        faster = self.refused is None and (self.limited is not None or self.dual_s < self.primal_s)
+        if solver == "dual" or (solver == "auto" and faster):
+            return "dual", self.dual
+        if self.limited:
+            raise self.limited
+        return "primal", self.primal
 
 
 def plan(
-    n: int,
-    d: int,
-    k: int,
-    restarts: int,
-    device: str,
-    memory_limit: int | None,
+    problem: Problem,
+    memory_limit: int | None = None,
     *,
+    rows: int | None = None,
+    lightest: float | None = None,
     resident: bool = True,
-    ranks: int = 1,
     asked: bool = False,
 ) -> Plan:
-    """The plan for n rows of width d; a row's value is taken to have 4 bytes.
+    """The plan for a problem; a row's value is taken to have 4 bytes.
 
     Parameters
     ----------
-    device : str
-        Its type.
     memory_limit : int or None
-        By default what `budget_bytes` gives, unless the dual solver was ``asked`` for.
+        Bytes beside the rows; by default `gpuclust.cluster.memory.default_limit`, and for a dual solver that was
+        ``asked`` for all that is free.
+    rows : int, optional
+        The most that a process has.
+    lightest : float, optional
+        The least weight above 0, where rows have weights.
     resident : bool
         Whether the rows lie on the device.
-    ranks : int
-        Processes that share the rows.
     """
-    products, read = _RATES.get(device, _RATES["cpu"])
-    clusters, values = restarts * k, n * d
-    joins = 2.0 * values * min(k, _PER_ADD) / (products / 2)
+    n, d, restarts, device = problem.n, problem.d, problem.restarts, problem.device
+    products, read = _RATES.get(device.type, _RATES["cpu"])
+    clusters, values = restarts * problem.k, n * d
+    joins = 2.0 * values * min(problem.k, _PER_ADD) / (products / 2)
     one_pass = max(2.0 * values * clusters / products, 4 * values / read) + _CENTROID_BYTES * clusters * d / read
     primal_s = _PASSES * one_pass + _JOINS * restarts * joins
     triangle = (1 + 1 / BLOCKS) * n * values / (products / 2)
@@ -93,48 +104,24 @@ def plan(
     # Rows are converted once, and the clusters of one restart are made.
     dual_s = triangle + iterations + 28 * values / read + joins
 
-    budget = budget_bytes(device, memory_limit)
-    primal_bytes = primal_together(n, d, k, restarts, budget) * _primal_bytes(n, d, k)
-    dual_bytes = _dual_fixed(n, d, k, budget) + dual_together(n, d, k, restarts, budget) * _dual_bytes(n, k)
-    refused = None
-    if ranks > 1:
-        refused = f"{ranks} processes share the rows, and it needs all of them in one"
+    rows = n if rows is None else rows
+    primal, dual = primal_needs(problem, rows, lightest), dual_needs(problem, rows, lightest)
+    given = default_limit(problem, rows, primal) if memory_limit is None else memory_limit
+    shares = [needs.within(max(given, needs.least), restarts) for needs in (primal, dual)]
+    room = free_bytes(device) if asked and memory_limit is None else given
+    refused, limited = None, None
+    if problem.ranks > 1:
+        refused = f"{problem.ranks} processes share the rows, and it needs all of them in one"
     elif not resident:
         refused = "the rows are streamed (from a file, memory or chunks), and it needs them on the device"
     elif not asked and d < 4 * n:
         refused = "its matrix would take more than half of what the rows take"
-    elif dual_bytes > budget and (memory_limit is not None or not asked):
-        refused = f"it takes {show_bytes(dual_bytes)} beside the rows, of {show_bytes(budget)}"
-    return Plan(primal_s, primal_bytes, dual_s, dual_bytes, refused)
-
-
-def budget_bytes(device: str, memory_limit: int | None = None) -> int:
-    """Bytes for what grows with the restarts that run together, on a type of device."""
-    return memory_limit or _BUDGET_BYTES.get(device, _BUDGET_BYTES["cpu"])
-
-
-def primal_together(n: int, d: int, k: int, restarts: int, budget: int) -> int:
-    """Restarts that the primal solver runs at a time, for at most n rows of a process."""
-    return min(restarts, max(1, budget // _primal_bytes(n, d, k)))
-
-
-def dual_together(n: int, d: int, k: int, restarts: int, budget: int) -> int:
-    """Restarts that the dual solver runs at a time."""
-    return min(restarts, max(1, (budget - _dual_fixed(n, d, k, budget)) // _dual_bytes(n, k)))
-
-
-def _primal_bytes(n: int, d: int, k: int) -> int:
-    return 32 * ((k + 1) * d + n)
-
-
-def _dual_bytes(n: int, k: int) -> int:
-    """Of a restart: products with the rows, memberships, and a copy of both at times; labels."""
-    return 32 * k * n + 64 * n
-
-
-def _dual_fixed(n: int, d: int, k: int, budget: int) -> int:
-    """The Gram matrix, a slice of the features, scores, and the true centroids of a restart."""
-    return 8 * n * n + min(16 << 20, budget // 8, 8 * n * d) + min(48 << 20, 48 * k * n) + 48 * k * d
+    elif dual.least > room:
+        refused = f"it takes {show_bytes(dual.least)} beside the rows, of {show_bytes(room)}"
+    if memory_limit is not None and memory_limit < primal.least:
+        limited = primal.too_little(memory_limit)
+    used = primal.used(shares[0]), dual.used(shares[1])
+    return Plan(primal_s, used[0], shares[0], dual_s, used[1], shares[1], refused, limited)
 
 
 def _shown(solver: str, seconds: float, size: int) -> str:

@@ -22,6 +22,8 @@ import torch
 from gpuclust.cluster.distributed import Block
 from gpuclust.errors import InputError
 
+# Values that are split at a time.
+_TOTAL_VALUES = 1 << 20
 _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
@@ -81,10 +83,7 @@ class Grid:
         InputError
             If the weights differ so much that more than 8 levels were needed.
         """
-        bits = 51 - math.ceil(math.log2(n + 1))
-        levels = 1 if bits >= _DIGITS[dtype] + 8 else 2
-        digits = min(_DIGITS[dtype] + 8, levels * bits)
-        levels = max(levels, math.ceil((digits - math.log2(lightest)) / bits))
+        bits, digits, levels = _digits(n, dtype, lightest)
         if levels > 8:
             raise InputError(
                 f"the weights of {n} rows differ by a factor of 2**{-math.log2(lightest):.0f}, and sums tell at most "
@@ -112,6 +111,19 @@ class Grid:
         return parts
 
 
+def levels_of(n: int, dtype: torch.dtype, lightest: float = 1.0) -> int:
+    """How many levels `Grid.of` has."""
+    return _digits(n, dtype, lightest)[2]
+
+
+def _digits(n: int, dtype: torch.dtype, lightest: float) -> tuple[int, int, int]:
+    """Bits that a level of a grid tells apart, bits that sums of ``n`` terms are to have, and levels for them."""
+    bits = 51 - math.ceil(math.log2(n + 1))
+    levels = 1 if bits >= _DIGITS[dtype] + 8 else 2
+    digits = min(_DIGITS[dtype] + 8, levels * bits)
+    return bits, digits, max(levels, math.ceil((digits - math.log2(lightest)) / bits))
+
+
 def total(values: torch.Tensor, weights: torch.Tensor | None = None, block: Block | None = None) -> float:
     """The sum of finite float64 values (n,), times weights of any unit, free of any order; within 2**-50 of its largest
     term times n. With a block, the sum over the rows of all processes."""
@@ -124,6 +136,8 @@ def total(values: torch.Tensor, weights: torch.Tensor | None = None, block: Bloc
 def totals(values: torch.Tensor, block: Block | None = None) -> list[float]:
     """The `total` of each row of finite float64 values (r, n)."""
     block = block or Block.alone(values.shape[1])
-    grid = Grid.of(block.max(values.abs().amax(1)), block.n, torch.float64)
-    parts = block.sum(torch.stack([part.sum(0) for part in grid.split(values.t())]))
-    return [sum(levels) for levels in parts.t().tolist()]
+    grid = Grid.of(block.max(torch.maximum(-values.amin(1), values.amax(1))), block.n, torch.float64)
+    parts = values.new_zeros(grid.levels, len(values))
+    for some in values.split(max(1, _TOTAL_VALUES // len(values)), 1):
+        parts += torch.stack([part.sum(0) for part in grid.split(some.t())])
+    return [sum(levels) for levels in block.sum(parts).t().tolist()]

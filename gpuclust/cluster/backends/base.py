@@ -104,7 +104,7 @@ class Backend(Protocol):
         """None if ``auto`` may take the backend for ``problem``, else why it runs only when asked for by name."""
         ...
 
-    def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+    def chunk_rows(self, r: int, k: int, d: int, device: torch.device) -> int:
         """Rows of a chunk for ``r`` active restarts; no result depends on it."""
         ...
 

@@ -104,10 +104,10 @@ class CupyBackend:
     def reserved(self, problem: Problem) -> str | None:
         return _UNPROVED
 
-    def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+    def chunk_rows(self, r: int, k: int, d: int, device: torch.device) -> int:
         """Rows of a chunk: where no scores are stored, the lists of open rows (12 bytes each) set them."""
         stored = 4 * r if self._tile(k, d, device).rows else r * k
-        return chunk_rows(stored, d, device, memory_limit)
+        return chunk_rows(stored, d, device, r)
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Looks:
         operand, finer = frame.operand(centroids, dtype, FLOAT16), Split.of(frame, centroids, dtype)

@@ -39,8 +39,8 @@ class TorchBackend:
     def reserved(self, problem: Problem) -> str | None:
         return None
 
-    def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
-        return chunk_rows(r * k, d, device, memory_limit)
+    def chunk_rows(self, r: int, k: int, d: int, device: torch.device) -> int:
+        return chunk_rows(r * k, d, device, r)
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:
         return frame.operand(centroids, dtype)

@@ -103,9 +103,9 @@ class TritonBackend:
             return "its interpreter is for tests: it runs when asked for by name"
         return differs(self, problem.device)
 
-    def chunk_rows(self, r: int, k: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
+    def chunk_rows(self, r: int, k: int, d: int, device: torch.device) -> int:
         """Rows of a chunk: no scores are stored, whatever the clusters."""
-        return chunk_rows(r, d, device, memory_limit)
+        return chunk_rows(r, d, device, r)
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Operand:
         return Cascade.of(frame.operand(centroids, dtype, _ARITHMETIC), frame, dtype)

@@ -34,7 +34,7 @@ class Cover:
     bits : sequence of RandomBits
         One for each of r restarts.
     weights : float64 (n,) or None
-    budget_bytes : int
+    spare_bytes : int
         For the image.
     owners : bool
         Whether to keep which of the chosen rows is the nearest.
@@ -56,7 +56,7 @@ class Cover:
         moments: Moments,
         bits: Sequence[RandomBits],
         weights: torch.Tensor | None,
-        budget_bytes: int,
+        spare_bytes: int,
         *,
         owners: bool = False,
     ) -> None:
@@ -69,7 +69,7 @@ class Cover:
             first = heavy if len(heavy) else heavy.new_full((1,), self.block.n)
             self.spare = -int(self.block.max(-first))
             self._mass_of_all = total(self.share, None, self.block)
-        self.image = Image(source, moments, budget_bytes)
+        self.image = Image(source, moments, spare_bytes)
         self.closest = torch.full((r, n), math.inf, dtype=torch.float64, device=device)
         self.owner = torch.zeros(r, n, dtype=torch.int32, device=device) if owners else None
         self.fine = [False] * r

@@ -22,7 +22,7 @@ class Image:
     ----------
     source : ChunkSource (n, d)
     moments : Moments
-    budget_bytes : int
+    spare_bytes : int
         The image is kept if it fits; else it is made again in every pass. Nothing depends on it.
 
     Attributes
@@ -31,7 +31,7 @@ class Image:
         Rows of the chunks that it is made for.
     """
 
-    def __init__(self, source: ChunkSource, moments: Moments, budget_bytes: int) -> None:
+    def __init__(self, source: ChunkSource, moments: Moments, spare_bytes: int) -> None:
         n, d = source.shape
         far = math.sqrt(moments.frame.far2) * (1 + 2.0**-20)
         reach = min(2.0**26, math.sqrt(2.0**62 / moments.block.n)) / 2 - math.sqrt(d) / 2
@@ -43,7 +43,7 @@ class Image:
             self.mean = self.mean.float()
         self.rows = min(n, tile_rows(d, source.device))
         self.norms = torch.zeros(n, dtype=torch.float64, device=source.device)
-        self._kept = torch.empty(n, d, dtype=torch.float64, device=source.device) if 8 * n * d <= budget_bytes else None
+        self._kept = torch.empty(n, d, dtype=torch.float64, device=source.device) if 8 * n * d <= spare_bytes else None
         for start, x in source.chunks(self.rows):
             part = slice(start, start + x.shape[0])
             for span in tiles(self.rows, d, source.device):

@@ -44,7 +44,7 @@ def choose_plus_plus(
     k: int,
     bits: Sequence[RandomBits],
     weights: torch.Tensor | None,
-    budget_bytes: int,
+    spare_bytes: int,
 ) -> list[list[int]]:
     """Greedy k-means++ for each restart: the numbers of ``k`` rows.
 
@@ -56,10 +56,10 @@ def choose_plus_plus(
     bits : sequence of RandomBits
         One for each restart; what one draws does not depend on the others.
     weights : float64 (n,) or None
-    budget_bytes : int
+    spare_bytes : int
         For what may be kept to save a pass; never changes a draw.
     """
-    return _PlusPlus(source, moments, k, bits, weights, budget_bytes).choose()
+    return _PlusPlus(source, moments, k, bits, weights, spare_bytes).choose()
 
 
 class _PlusPlus:
@@ -70,12 +70,12 @@ class _PlusPlus:
         k: int,
         bits: Sequence[RandomBits],
         weights: torch.Tensor | None,
-        budget_bytes: int,
+        spare_bytes: int,
     ) -> None:
         self.source, self.k = source, k
         self.trials = 2 + int(math.log(k))
-        self.cover = Cover(source, moments, bits, weights, budget_bytes // 4)
-        self.keeps = 8 * source.shape[0] * len(bits) * self.trials <= budget_bytes // 4
+        self.cover = Cover(source, moments, bits, weights, spare_bytes // 2)
+        self.keeps = 8 * source.shape[0] * len(bits) * (self.trials + 1) <= spare_bytes // 2
 
     def choose(self) -> list[list[int]]:
         cover = self.cover

@@ -36,7 +36,7 @@ def choose_scalable(
     k: int,
     bits: Sequence[RandomBits],
     weights: Weights | None,
-    budget_bytes: int,
+    spare_bytes: int,
 ) -> list[list[int]]:
     """k-means|| for each restart: the numbers of ``k`` rows. All restarts share the passes over the rows.
 
@@ -48,10 +48,10 @@ def choose_scalable(
     bits : sequence of RandomBits
         One for each restart; what one draws does not depend on the others.
     weights : Weights or None
-    budget_bytes : int
+    spare_bytes : int
         For what may be kept to save work; never changes a draw.
     """
-    cover = Cover(source, moments, bits, None if weights is None else weights.values, budget_bytes // 2, owners=True)
+    cover = Cover(source, moments, bits, None if weights is None else weights.values, spare_bytes // 2, owners=True)
     rows = min(cover.image.rows, block_rows(_AT_ONCE, source.device))
     drawn = {i: row for i, row in enumerate(cover.first()[:, None])}
     cover.join(drawn, rows)
@@ -68,7 +68,7 @@ def choose_scalable(
             drawn[i] = torch.cat([drawn[i], new])
         short = passes < ROUNDS
         active = [i for i in fresh if short or int((_mass(cover, i, len(drawn[i]), weights) > 0).sum()) < k]
-    return [_reduce(cover, i, drawn[i], k, weights, budget_bytes) for i in range(len(bits))]
+    return [_reduce(cover, i, drawn[i], k, weights, spare_bytes) for i in range(len(bits))]
 
 
 def _mass(cover: Cover, restart: int, drawn: int, weights: Weights | None) -> torch.Tensor:
@@ -81,12 +81,12 @@ def _mass(cover: Cover, restart: int, drawn: int, weights: Weights | None) -> to
 
 
 def _reduce(
-    cover: Cover, restart: int, drawn: torch.Tensor, k: int, weights: Weights | None, budget_bytes: int
+    cover: Cover, restart: int, drawn: torch.Tensor, k: int, weights: Weights | None, spare_bytes: int
 ) -> list[int]:
     """Of the rows drawn (m,) the ``k`` that weighted k-means++ chooses, which every process does for itself."""
     mass = _mass(cover, restart, len(drawn), weights)
     heavy = mass > 0
     drawn = drawn[heavy]
     source = TensorSource(cover.rows(drawn))
-    places = choose_plus_plus(source, Moments.of(source), k, [cover.bits[restart]], mass[heavy], budget_bytes // 2)[0]
+    places = choose_plus_plus(source, Moments.of(source), k, [cover.bits[restart]], mass[heavy], spare_bytes // 2)[0]
     return drawn[places].tolist()

@@ -13,13 +13,16 @@ from gpuclust.cluster.relief import relieved
 from gpuclust.config import environment
 
 # Bytes of scores that are held at a time: what a processor's cache takes, or what keeps a GPU busy.
-_PIECE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+_PIECE_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
 # Pieces of a chunk.
 _PIECES = 16
+# Bytes of lists of the rows of a chunk, and what a row takes in them for each restart.
+_LIST_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+_LISTED_BYTES = 128
 # Bytes of rows that are on their way to a device, or out of a file, at a time.
 _STAGE_BYTES = 64 << 20
 # Values whose float64 copy is cheap to hold: it stays in a processor's cache, or fills a GPU.
-_BLOCK_VALUES = {"cuda": 1 << 24}
+_BLOCK_VALUES = {"cuda": 1 << 23}
 # Rows that share one reading of what they are multiplied with.
 _TILE_ROWS = 128
 
@@ -114,16 +117,14 @@ def piece_rows(clusters: int, d: int, device: torch.device) -> int:
 
 
 def _piece_rows(clusters: int, d: int, device: torch.device) -> int:
-    size = environment().chunk_bytes or _PIECE_BYTES.get(device.type, 64 << 20)
+    size = environment().chunk_bytes or _PIECE_BYTES.get(device.type, 16 << 20)
     return max(16, min(size // (4 * clusters), size // min(d, SLICE)))
 
 
-def chunk_rows(clusters: int, d: int, device: torch.device, memory_limit: int | None = None) -> int:
-    """Rows of a chunk: so many pieces that what is done once for a chunk costs little."""
-    rows = _PIECES * _piece_rows(clusters, d, device)
-    if memory_limit is not None:
-        rows = max(16, min(rows, memory_limit // (16 * max(clusters, min(d, SLICE)))))
-    return relieved(rows)
+def chunk_rows(clusters: int, d: int, device: torch.device, restarts: int = 1) -> int:
+    """Rows of a chunk: so many pieces that what is done once for a chunk costs little, and lists of rows little too."""
+    most = _LIST_BYTES.get(device.type, 16 << 20) // (_LISTED_BYTES * restarts)
+    return relieved(max(16, min(_PIECES * _piece_rows(clusters, d, device), most)))
 
 
 def stage_bytes(memory_limit: int | None = None) -> int:

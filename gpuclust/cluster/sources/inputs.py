@@ -28,10 +28,8 @@ from gpuclust.config import show_bytes
 from gpuclust.errors import InputError, UnavailableError
 from gpuclust.free import free_bytes
 
-# What a fit allocates for each row beside X.
-_BYTES_PER_ROW = 64
-# What a fit on CUDA gives itself where no limit is set, chunks included.
-_FIT_BYTES = 3 << 30
+# What is left to a fit on CUDA at least, where no limit is set.
+_FIT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,11 @@ class Rows:
 
 
 def read_rows(
-    x: Any, device: str | torch.device | None = None, name: str = "KMeans", memory_limit: int | None = None
+    x: Any,
+    device: str | torch.device | None = None,
+    name: str = "KMeans",
+    memory_limit: int | None = None,
+    beside: Callable[[int, int, torch.dtype, torch.device], int] | None = None,
 ) -> Rows:
     """Rows from a tensor, a NumPy array, anything that becomes one, DLPack, chunks, or a chunk source.
 
@@ -78,7 +80,9 @@ def read_rows(
         The estimator, for messages.
     memory_limit : int, optional
         Bytes that may be allocated. Rows of which a copy would take more than three quarters of it, or of what is
-        free, are streamed.
+        free, or would leave too little, are streamed.
+    beside : Callable, optional
+        What is needed beside n rows of d features of a dtype on a device, in bytes.
 
     Raises
     ------
@@ -100,7 +104,7 @@ def read_rows(
         return Rows(chunks, back, home, "chunks, read anew in each pass", chunks.buffer_bytes)
     given, back, home = open_array(x)
     require_rows(given, name)
-    return _place(given, back, home, place, memory_limit)
+    return _place(given, back, home, place, memory_limit, beside or (lambda *_: 0))
 
 
 def first_chunk(x: Any) -> Any:
@@ -155,6 +159,7 @@ def _place(
     home: torch.device,
     device: torch.device | None,
     memory_limit: int | None,
+    beside: Callable[[int, int, torch.dtype, torch.device], int],
 ) -> Rows:
     """Rows where they are, copied to where they are computed with, or streamed, by what a copy takes and what is free.
 
@@ -168,8 +173,9 @@ def _place(
     whole, mapped = in_place(given), Mapped.of(given) is not None
     if device.type == "cpu" and whole and not mapped:
         return Rows(TensorSource(to_rows(given)), back, home, "in memory")
-    size = given.shape[0] * given.shape[1] * row_dtype(given).itemsize
-    room = _room_bytes(given.shape[0], device, memory_limit)
+    (n, d), dtype = given.shape, row_dtype(given)
+    size = n * d * dtype.itemsize
+    room = _room_bytes(beside(n, d, dtype, device), device, memory_limit)
     fits = size <= room
     if fits and not (device.type == "cpu" and whole):
         copied = TensorSource(to_rows(given).to(device))
@@ -180,15 +186,15 @@ def _place(
     return Rows(streamed, back, home, f"in {origin}" if fits else how, streamed.buffer_bytes)
 
 
-def _room_bytes(n: int, device: torch.device, memory_limit: int | None) -> int:
-    """Bytes that rows may take on a device: three quarters of the limit, or of what is free beside results.
-
-    Where there is no limit, a fit on CUDA takes what `gpuclust.cluster.fit` gives itself, which must be left.
-    """
-    free = max(0, free_bytes(device) - _BYTES_PER_ROW * n)
+def _room_bytes(beside: int, device: torch.device, memory_limit: int | None) -> int:
+    """Bytes that rows may take on a device: three quarters of the limit, or of what is free, and what is needed beside
+    them must be left."""
+    free = free_bytes(device)
     if memory_limit is not None:
-        return min(free, memory_limit) * 3 // 4
-    return min(free * 3 // 4, free - _FIT_BYTES) if device.type == "cuda" else free * 3 // 4
+        free = min(free, memory_limit)
+    elif device.type == "cuda":
+        beside = max(beside, _FIT_BYTES)
+    return max(0, min(free * 3 // 4, free - beside))
 
 
 def find_device(device: str | torch.device) -> torch.device:

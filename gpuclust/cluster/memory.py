@@ -1,0 +1,140 @@
+"""What a fit takes beside its rows, in bytes, for each solver; and how it keeps within a limit.
+
+With n rows in a process, d features, k clusters, w bytes of a centroid's value (8 for float64 rows, else 4), L levels
+of the sums' grid (1 for float32 rows below 2**19 of them; more for float64 and for weights), r restarts at a time:
+
+    primal: 40 n + d (64 + k (24 + 8 L))                  + r (40 n + k d (2 w + 12 + 8 L))          + work
+    dual:   40 n + d (64 + k (32 + 8 L + 3 w)) + 12 n^2   + r (64 n + 32 k n)                        + work
+
+Rows with weights take 40 n more, and 8 n for each restart. ``work`` is what is on the way: scores of a piece of rows,
+float64 copies of a block of them, lists of those that moved. Less memory makes these pieces smaller, then the restarts
+that share a pass fewer; what is left over keeps sketches, and what saves seeding a pass. No result depends on it.
+
+Where no limit is set a fit gives itself 256 MiB and a tenth of what the rows take, and more where one restart needs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.sums import levels_of
+from gpuclust.config import environment, show_bytes
+from gpuclust.errors import MemoryLimitError
+
+# What is on the way where chunks have their usual size (`gpuclust.cluster.sources.base`): so many times the bytes that
+# GPUCLUST_CHUNK_BYTES sets, too; and how often these may be halved before time is all that is lost.
+_WORK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+_PER_CHUNK_BYTE = 16
+_MOST_HALVINGS = 4
+# The share of a limit that it may take where that leaves too little for more restarts.
+_WORK_SHARE = 2
+_DEFAULT_BYTES, _DEFAULT_SHARE = 256 << 20, 10
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a limit is divided.
+
+    Attributes
+    ----------
+    halvings : int
+        How often the rows of a chunk are halved.
+    together : int
+        Restarts that run at the same time.
+    spare_bytes : int
+        For what may be kept to save time.
+    """
+
+    halvings: int
+    together: int
+    spare_bytes: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a solver takes, in bytes: once, for each restart that runs at a time, and with chunks of the usual size."""
+
+    fixed: int
+    restart: int
+    work: int
+
+    @property
+    def least(self) -> int:
+        """With one restart at a time, and the smallest chunks."""
+        return self.fixed + self.restart + (self.work >> _MOST_HALVINGS)
+
+    def within(self, limit: int, restarts: int) -> Share:
+        """The share of so many restarts in a limit of at least `least` bytes."""
+        left = limit - self.fixed
+        halvings = _halvings(self.work, min(left // _WORK_SHARE, left - self.restart))
+        left -= self.work >> halvings
+        together = max(1, min(restarts, left // self.restart))
+        return Share(halvings, together, max(0, left - together * self.restart))
+
+    def used(self, share: Share) -> int:
+        """All but what may be kept."""
+        return self.fixed + share.together * self.restart + (self.work >> share.halvings)
+
+    def too_little(self, limit: int) -> MemoryLimitError:
+        """The error for a limit below `least`."""
+        return MemoryLimitError(
+            f"memory_limit leaves {show_bytes(limit)} beside X, and this fit takes at least {show_bytes(self.least)} "
+            f"({self.least:,} bytes): set memory_limit to more, or to None"
+        )
+
+
+def primal_needs(problem: Problem, n: int, lightest: float | None = None) -> Needs:
+    """Of the primal solver, for n rows of a process; ``lightest`` is the least weight above 0, where rows have some."""
+    d, k, value, sums = problem.d, problem.k, *_values(problem, lightest)
+    rows, weighted = _rows(problem, n)
+    fixed = rows + d * (64 + k * (24 + sums))
+    return Needs(fixed, (40 + weighted) * n + k * d * (2 * value + 12 + sums), work_bytes(problem.device))
+
+
+def dual_needs(problem: Problem, n: int, lightest: float | None = None) -> Needs:
+    """Of the dual solver, in the same way."""
+    d, k, value, sums = problem.d, problem.k, *_values(problem, lightest)
+    rows, weighted = _rows(problem, n)
+    fixed = rows + d * (64 + k * (32 + sums + 3 * value)) + 12 * n * n
+    return Needs(fixed, (64 + weighted) * n + 32 * k * n, work_bytes(problem.device))
+
+
+def least_bytes(k: int, weighted: bool, n: int, d: int, dtype: torch.dtype, device: torch.device) -> int:
+    """What a fit of n rows with the primal solver takes at least."""
+    return primal_needs(Problem(n, d, k, dtype, device, weighted), n, 1.0 if weighted else None).least
+
+
+def default_limit(problem: Problem, n: int, needs: Needs) -> int:
+    """What a fit gives itself, for n rows of a process."""
+    x_bytes = n * problem.d * problem.dtype.itemsize
+    return max(needs.fixed + needs.restart + needs.work // 4, _DEFAULT_BYTES + x_bytes // _DEFAULT_SHARE)
+
+
+def work_bytes(device: torch.device) -> int:
+    """What is on the way where chunks have their usual size."""
+    chunk_bytes = environment().chunk_bytes
+    return _PER_CHUNK_BYTE * chunk_bytes if chunk_bytes else _WORK_BYTES.get(device.type, _WORK_BYTES["cpu"])
+
+
+def halvings_within(limit: int, device: torch.device) -> int:
+    """How often the rows of a chunk are halved so that what is on the way is within a limit."""
+    return _halvings(work_bytes(device), limit)
+
+
+def _halvings(work: int, limit: int) -> int:
+    return next((i for i in range(_MOST_HALVINGS) if work >> i <= limit), _MOST_HALVINGS)
+
+
+def _values(problem: Problem, lightest: float | None) -> tuple[int, int]:
+    """Bytes of a centroid's value and of its sum."""
+    dtype = torch.float64 if lightest is not None else problem.dtype
+    levels = levels_of(problem.n, dtype, 1.0 if lightest is None else lightest)
+    return (8 if problem.dtype == torch.float64 else 4), 8 * levels
+
+
+def _rows(problem: Problem, n: int) -> tuple[int, int]:
+    """Bytes of what is known of the rows, and of what the weights of one take in each restart."""
+    return (80 if problem.weights else 40) * n, 8 if problem.weights else 0
