@@ -85,7 +85,8 @@ class _Partition:
         for start, x in self.source.chunks(lloyd.chunk_rows(1)):
             part = slice(start, start + x.shape[0])
             lloyd.account(x, part, self.labels[None, part], None, self.sums, counts)
-        self.centres = solution.centroids.double()
+        # A copy: moves write here, and the solution stays what is returned where they help nothing.
+        self.centres = solution.centroids.to(torch.float64, copy=True)
         self._count()
         for cluster in self.mass.nonzero()[0]:
             self._centre(int(cluster))
