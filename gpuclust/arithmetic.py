@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock
@@ -9,16 +12,55 @@ from typing import Any
 
 import torch
 
+# So many elements for each thread of torch, and an operation uses all of them.
+_GRAIN = 1 << 15
+
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, no TF32 or bfloat16 in place of float32, deterministic cuDNN; then all as it was.
+    """No gradients, no autocast, plain float32, deterministic cuDNN, `subnormals` as they are; then all as it was.
 
     Some of that is set for the whole process. Threads may overlap: the first saves the caller's settings, and the last
     brings them back.
     """
-    with _SETTINGS.held(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with _SETTINGS.held(), subnormals(device), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+@contextmanager
+def subnormals(device: torch.device) -> Iterator[None]:
+    """Subnormal numbers count as they are, though the caller had torch flush them to zero; then all as it was.
+
+    `torch.set_flush_denormal` sets the calling thread alone. Worker threads of torch have what they inherited when they
+    began, which nothing can change. Where they flush, the calling thread computes without them, and a warning says so.
+    """
+    flushed = sys.float_info.min * 0.5 == 0.0
+    if flushed:
+        torch.set_flush_denormal(False)
+    threads = torch.get_num_threads()
+    alone = device.type == "cpu" and _workers_flush(threads)
+    try:
+        if alone:
+            warnings.warn(
+                "torch's worker threads take subnormal numbers for zero, since torch.set_flush_denormal(True) was "
+                "called before they began: gpuclust computes exactly, in one thread. Call it after the first large "
+                "operation of torch, or not at all",
+                UserWarning,
+                stacklevel=2,
+            )
+            torch.set_num_threads(1)
+        yield
+    finally:
+        if alone:
+            torch.set_num_threads(threads)
+        if flushed:
+            torch.set_flush_denormal(True)
+
+
+def _workers_flush(threads: int) -> bool:
+    """Whether one of the worker threads takes subnormal numbers for zero: each of them compares some with it."""
+    least = torch.tensor(math.ulp(0.0), dtype=torch.float64, device="cpu")
+    return threads > 1 and not bool((least.expand(threads * _GRAIN) > 0).all())
 
 
 class _Settings:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from cases_cluster import rows
+from cases_cluster import mislabelled, rows
 
 from gpuclust import KMeans
-from gpuclust.arithmetic import full_precision
+from gpuclust.arithmetic import full_precision, subnormals
 
 CPU = torch.device("cpu")
 # A deadlock fails the test instead of hanging it.
@@ -121,3 +124,98 @@ def test_a_setting_that_changes_while_another_computes_does_not_reach_the_next(c
         with full_precision(CPU):
             assert settings() == FULL
     assert settings() == callers
+
+
+# ---- subnormal numbers
+
+
+def flushes() -> bool:
+    """Whether this thread takes subnormal numbers for zero."""
+    return sys.float_info.min * 0.5 == 0.0
+
+
+def with_four_threads(target: Callable[[], None]) -> None:
+    """Run it in a thread of its own, whose worker threads begin with it: they inherit what they find."""
+    threads = torch.get_num_threads()
+
+    def run() -> None:
+        torch.set_num_threads(4)
+        try:
+            target()
+        finally:
+            torch.set_num_threads(threads)
+
+    in_threads(run)
+
+
+def small_rows(dtype: torch.dtype) -> torch.Tensor:
+    """Rows that are subnormal numbers, or have subnormal squares, and enough of them for several threads."""
+    if dtype == torch.float64:
+        return rows("blobs", 40_000, 4, dtype) * 1e-155
+    return rows("subnormal", 40_000, 4, dtype)
+
+
+def everything(x: torch.Tensor, weights: torch.Tensor | None) -> tuple[Any, ...]:
+    model = KMeans(5, random_state=0, max_iter=5).fit(x, sample_weight=weights)
+    asked = model.predict(x), model.transform(x), model.score(x, sample_weight=weights)
+    return (model.labels_, model.cluster_centers_, model.inertia_, *asked)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("begin", ["before the workers", "after the workers", "and ended, in the workers alone"])
+def test_subnormal_numbers_are_numbers_though_the_caller_flushes_them(
+    begin: str, dtype: torch.dtype, weighted: bool
+) -> None:
+    x = small_rows(dtype)
+    weights = torch.linspace(1e-41, 1e-39, len(x)) if weighted else None
+    usual, seen = everything(x, weights), list[Any]()
+    assert usual[2] > 0 or dtype == torch.float64  # squares near 1e-310 are labelled right, and add up to nothing
+    assert mislabelled(usual[0], x, usual[1]) == 0
+
+    def flushing() -> None:
+        if begin == "after the workers":
+            torch.ones(1 << 20).add_(1)
+        torch.set_flush_denormal(True)
+        if begin == "and ended, in the workers alone":
+            torch.ones(1 << 20).add_(1)
+            torch.set_flush_denormal(False)
+        before = flushes(), torch.get_num_threads()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch's worker threads take subnormal")
+            seen.extend(everything(x, weights))
+        assert (flushes(), torch.get_num_threads()) == before
+
+    with_four_threads(flushing)
+    for one, other in zip(seen, usual, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def in_subnormals() -> tuple[int, bool]:
+    """The number of threads, and whether this one flushes, inside the block."""
+    with subnormals(CPU):
+        return torch.get_num_threads(), flushes()
+
+
+def test_worker_threads_that_flush_are_left_out_and_named() -> None:
+    def flushing() -> None:
+        torch.set_flush_denormal(True)
+        torch.ones(1 << 20).add_(1)
+        with pytest.warns(UserWarning, match="torch.set_flush_denormal"):
+            assert in_subnormals() == (1, False)
+        with pytest.raises(UserWarning, match="worker threads"):  # where warnings are errors
+            in_subnormals()
+        assert torch.get_num_threads() == 4
+        assert flushes()
+
+    with_four_threads(flushing)
+
+
+def test_worker_threads_that_do_not_flush_go_on() -> None:
+    def flushing() -> None:
+        torch.ones(1 << 20).add_(1)
+        torch.set_flush_denormal(True)
+        assert in_subnormals() == (4, False)
+        assert flushes()
+
+    with_four_threads(flushing)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpuclust.arithmetic import subnormals
 from gpuclust.cluster.distributed import Group, OneProcess, in_all, require_same
 from gpuclust.cluster.sources.arrays import (
     in_place,
@@ -225,9 +226,10 @@ def read_weights(weights: Any, source: ChunkSource, group: Group | None = None) 
     require_same(group, sample_weight="given" if weights is not None else None)
     if weights is None:
         return None
-    with in_all(group):
+    with in_all(group), subnormals(source.device):
         values = _read_weights(weights, source)
-    facts = group.gather((bool((values > 0).any()), bool((values == 1).all())))
+        found = bool((values > 0).any()), bool((values == 1).all())
+    facts = group.gather(found)
     if not any(positive for positive, _ in facts):
         raise InputError("sample_weight is zero for every row: at least one needs a weight above zero.")
     return None if all(ones for _, ones in facts) else values
