@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from gpuclust.cluster.cosine import HALF, UnitRows, require_directions, unit_row
 from gpuclust.cluster.distributed import Block, Group, in_all, unshared
 from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.lloyd import distances
-from gpuclust.cluster.moments import centroid_dtype
+from gpuclust.cluster.moments import centroid_dtype, require_range
 from gpuclust.cluster.portable import from_host, has_moved, is_here, to_host
 from gpuclust.cluster.predict import dist2_to_all, nearest
 from gpuclust.cluster.relief import relief
@@ -26,7 +27,7 @@ from gpuclust.cluster.scikit import ScikitLearn
 from gpuclust.cluster.sources.arrays import read_array
 from gpuclust.cluster.sources.base import ChunkSource, TensorSource
 from gpuclust.cluster.sources.inputs import Rows, is_real, is_whole, read_rows, read_weights
-from gpuclust.cluster.sums import total
+from gpuclust.cluster.sums import SUMMED, total
 from gpuclust.config import BACKENDS, PRECISIONS, SOLVERS
 from gpuclust.errors import InputError, UnavailableError
 
@@ -165,8 +166,8 @@ class KMeans(ScikitLearn):
         Raises
         ------
         InputError (a ValueError)
-            For parameters out of range, NaN or infinity in X (the first is named), more clusters than rows, negative or
-            all-zero weights, ``init`` of another shape.
+            For parameters out of range, NaN or infinity in X (the first is named), values whose squares overflow, more
+            clusters than rows, negative or all-zero weights, ``init`` of another shape.
         TypeError
             For sparse X.
         UnavailableError (a ValueError)
@@ -233,7 +234,14 @@ class KMeans(ScikitLearn):
         return self
 
     def predict(self, X: Any) -> Any:
-        """The nearest centroid of each row of ``X`` (n, d): int32 (n,)."""
+        """The nearest centroid of each row of ``X`` (n, d): int32 (n,).
+
+        Raises
+        ------
+        InputError (a ValueError)
+            For NaN or infinity in X (the first is named), values whose squares overflow, and rows of another width; so
+            do `transform` and `score`.
+        """
         rows, centroids = self._known(unshared(X)[0])
         source = self._measured(rows)
         backend, limit = self._backend(source), rows.left_of(self.memory_limit)
@@ -274,14 +282,16 @@ class KMeans(ScikitLearn):
         with in_all(group):
             rows, centroids = self._known(X)
         source = self._measured(rows)
-        weights = read_weights(sample_weight, source, group)
+        weights, block = read_weights(sample_weight, source, group), Block.of(source.shape[0], group)
         with full_precision(source.device), relief(source.device) as room:
             with in_all(group):
                 limit = rows.left_of(self.memory_limit)
                 backend = self._backend(source)
                 labels = room.run(lambda: nearest(source, centroids, backend, self.precision, limit))
                 dist2 = room.run(lambda: distances(source, centroids, labels))
-            found = total(dist2, weights, Block.of(source.shape[0], group))
+                far2 = dist2.amax().item()
+                require_range(SUMMED * far2 * block.n, math.sqrt(far2), "distances")
+            found = total(dist2, weights, block)
             return -found if self.metric == "euclidean" else -found * HALF
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:

@@ -22,6 +22,8 @@ import torch
 from gpuclust.cluster.distributed import Block
 from gpuclust.errors import InputError
 
+# The sum of n terms of at most t is in range, with the numbers that round them to a grid, where so many times n t is.
+SUMMED = 16
 _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
