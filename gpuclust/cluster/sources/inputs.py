@@ -26,7 +26,7 @@ from gpuclust.cluster.sources.chunks import ChunksSource
 from gpuclust.cluster.sources.host import HostSource
 from gpuclust.cluster.sources.mapped import Mapped
 from gpuclust.config import show_bytes
-from gpuclust.errors import InputError, UnavailableError
+from gpuclust.errors import InputError, UnavailableError, first_line
 from gpuclust.free import free_bytes
 
 # What a fit allocates for each row beside X.
@@ -101,7 +101,7 @@ def read_rows(
         return Rows(chunks, back, home, "chunks, read anew in each pass", chunks.buffer_bytes)
     given, back, home = open_array(x)
     require_rows(given, name)
-    return _place(given, back, home, place, memory_limit)
+    return _place(given, back, home, find_device(home) if place is None else place, memory_limit)
 
 
 def first_chunk(x: Any) -> Any:
@@ -154,7 +154,7 @@ def _place(
     given: torch.Tensor | np.ndarray,
     back: Callable[[torch.Tensor], Any],
     home: torch.device,
-    device: torch.device | None,
+    device: torch.device,
     memory_limit: int | None,
 ) -> Rows:
     """Rows where they are, copied to where they are computed with, or streamed, by what a copy takes and what is free.
@@ -162,7 +162,6 @@ def _place(
     A file that is mapped is streamed on a CPU, too, which there costs no copy: its pages are given back after each
     chunk if all of them would be too many.
     """
-    device = home if device is None else device
     if home.type != "cpu":
         there = TensorSource(to_rows(given).to(device))
         return Rows(there, back, home, f"on {home}" if there.device == home else f"copied to {there.device}")
@@ -197,20 +196,30 @@ def find_device(device: str | torch.device) -> torch.device:
 
     Raises
     ------
+    InputError
+        If torch knows no such device.
     UnavailableError
-        If it is not there.
+        If it is not there, or cannot compute in float64.
     """
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"device is auto, cpu, cuda or cuda:INDEX; got {device!r}") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UnavailableError(
             f"device {device!r} was asked for, and torch sees {torch.cuda.device_count()} CUDA devices: "
             "`gpuclust doctor` says why; use device='auto' or 'cpu'"
         )
+    if found.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, dtype=torch.float64, device=found).item()
+        except Exception as error:  # each device has its own way to say that it is not there
+            raise UnavailableError(
+                f"device {str(device)!r} was asked for, and torch cannot compute in float64 there "
+                f"({first_line(error).partition('. ')[0]}): use device='auto', 'cpu' or 'cuda'"
+            ) from error
     return found
 
 
