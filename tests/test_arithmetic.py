@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from cases_cluster import mislabelled, rows
 
 from gpuclust import KMeans
 from gpuclust.arithmetic import full_precision, subnormals
+from gpuclust.cluster.backends.probe import differs
+from gpuclust.cluster.backends.torch import TorchBackend
 
 CPU = torch.device("cpu")
 # A deadlock fails the test instead of hanging it.
@@ -219,3 +224,116 @@ def test_worker_threads_that_do_not_flush_go_on() -> None:
         assert flushes()
 
     with_four_threads(flushing)
+
+
+# ---- the default device
+
+
+def mapped(x: np.ndarray, file: Path) -> np.ndarray:
+    np.save(file, x)
+    return np.load(file, mmap_mode="r")
+
+
+KINDS: dict[str, Callable[[np.ndarray, Path], Any]] = {
+    "float64": lambda x, file: x,
+    "float16": lambda x, file: x.astype(np.float16),
+    "whole numbers": lambda x, file: x.astype(np.int16),
+    "bool": lambda x, file: x > 0,
+    "foreign byte order": lambda x, file: x.astype(">f4"),
+    "backwards": lambda x, file: x[::-1, ::-1],
+    "a list": lambda x, file: x.tolist(),
+    "a table": lambda x, file: pandas.DataFrame(x),
+    "a tensor": lambda x, file: torch.from_numpy(x).float(),
+    "a tensor of whole numbers": lambda x, file: torch.from_numpy(x).long(),
+    "DLPack": lambda x, file: Dlpack(x),
+    "a mapped file": mapped,
+    "a mapped file of whole numbers": lambda x, file: mapped(x.astype(np.int64), file),
+    "a mapped file, columns first": lambda x, file: mapped(np.asfortranarray(x), file),
+    "chunks": lambda x, file: [x[:100], x[100:]],
+    "chunks of whole numbers": lambda x, file: [x[:100].astype(int), x[100:].astype(int)],
+}
+
+
+class Dlpack:
+    """Rows of another library, which torch reads by DLPack."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self.__dlpack__, self.__dlpack_device__ = x.__dlpack__, x.__dlpack_device__
+
+    def __array_namespace__(self) -> Any:
+        return np
+
+
+def found(model: KMeans, x: Any, weights: Any = None) -> list[np.ndarray]:
+    """All that a model says of rows."""
+    model.fit(x, sample_weight=weights)
+    model = pickle.loads(pickle.dumps(model))
+    asked = model.predict(x), model.transform(x), model.score(x, sample_weight=weights)
+    found = model.labels_, model.cluster_centers_, model.inertia_, model.fit_report_.dist2, *asked
+    return [np.asarray(each) for each in found]
+
+
+def same_under_another_device(parameters: dict[str, Any], x: Any, weights: Any = None) -> None:
+    model = KMeans(**{"n_clusters": 3, "random_state": 0, "n_init": 2, **parameters})
+    usual = found(model, x, weights)
+    with torch.device("meta"):
+        other = found(model, x, weights)
+    for one, another in zip(usual, other, strict=True):
+        np.testing.assert_array_equal(one, another)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [None, 4000], ids=["", "streamed"])
+def test_the_default_device_does_not_reach_rows_of_any_kind(kind: str, limit: int | None, tmp_path: Path) -> None:
+    x = KINDS[kind](rows("near ties", 160, 6, torch.float64).numpy(), tmp_path / "x.npy")
+    same_under_another_device({"memory_limit": limit}, x)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [np.arange(160), np.linspace(0, 1, 160), [1.0, 2.0] * 80, torch.arange(160), 3.0, np.arange(160) > 9],
+    ids=["whole", "floats", "list", "tensor", "scalar", "bool"],
+)
+def test_the_default_device_does_not_reach_weights_of_any_kind(weights: Any) -> None:
+    same_under_another_device({}, rows("blobs", 160, 6), weights)
+
+
+def some_rows(x: Any, k: int, random_state: np.random.RandomState) -> Any:
+    return x[random_state.permutation(len(x))[:k]]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"algorithm": "hartigan-wong", "n_clusters": 12},
+        {"init": "random"},
+        {"init": "k-means||", "n_clusters": 20},
+        {"init": np.eye(3, 40), "n_init": 1},
+        {"init": np.eye(3, 40, dtype=int).tolist(), "n_init": 1},
+        {"init": some_rows},
+        {"solver": "dual"},
+        {"solver": "dual", "algorithm": "hartigan-wong", "n_clusters": 12},
+        {"metric": "cosine"},
+        {"precision": "fast"},
+        {"device": "cpu"},
+        {"device": "auto"},
+        {"verbose": 1},
+        pytest.param({"backend": "triton"}, marks=pytest.mark.interpreter),
+    ],
+    ids=lambda parameters: " ".join(f"{name} {value}" for name, value in parameters.items())[:40],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_the_default_device_does_not_reach_a_fit_of_any_sort(parameters: dict[str, Any], dtype: torch.dtype) -> None:
+    x = rows("noise", 160, 40, dtype)
+    same_under_another_device(parameters, x)
+    same_under_another_device(parameters, x, torch.linspace(0, 1, 160))
+
+
+def test_the_default_device_does_not_reach_a_fit_in_few_dimensions() -> None:
+    x = rows("blobs", 6000, 300)  # wide and many enough for a sketch
+    same_under_another_device({"n_clusters": 10}, x)
+
+
+def test_the_default_device_does_not_reach_the_check_of_a_backend() -> None:
+    with torch.device("meta"):
+        assert differs(TorchBackend(), CPU) is None

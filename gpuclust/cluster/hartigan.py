@@ -204,6 +204,5 @@ class _Partition:
         """How far a centre can be from the mean of its rows, times the scale."""
         if self.mass[cluster] == 0:
             return 0.0
-        far = torch.tensor(self.far, dtype=torch.float64)
-        count, mass = (torch.tensor(table[cluster]) for table in (self.counts, self.mass))
-        return self.rounding.of(count, mass, far, far).item()
+        known = (self.counts[cluster], self.mass[cluster], self.far, self.far)
+        return self.rounding.of(*torch.tensor(known, dtype=torch.float64, device="cpu")).item()

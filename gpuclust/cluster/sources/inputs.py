@@ -249,7 +249,7 @@ def _read_weights(weights: Any, source: ChunkSource) -> torch.Tensor:
     plain = isinstance(weights, np.ndarray) or not hasattr(weights, "__dlpack__")
     given = np.asarray(weights) if plain else open_array(weights)[0]
     require_real(given)
-    values = torch.as_tensor(np.array(given, np.float64) if isinstance(given, np.ndarray) else given)
+    values = torch.from_numpy(np.array(given, np.float64)) if isinstance(given, np.ndarray) else given
     values = values.to(source.device, torch.float64)
     if values.ndim == 0:
         values = values.expand(n).clone()
