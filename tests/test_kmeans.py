@@ -354,6 +354,36 @@ def test_labels_are_exact_where_rows_and_centroids_are_of_different_types(types:
     assert model.score(new) == pytest.approx(-dist2.min(1).sum(), rel=1e-13)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("fitted", [np.float16, np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("asked", [np.float16, np.float32, np.float64, np.int64])
+def test_distances_are_float64_where_rows_or_centroids_are(fitted: Any, asked: Any, metric: str) -> None:
+    x = 1 + 9 * np.random.RandomState(0).rand(60, 3)
+    model = KMeans(4, random_state=0, metric=metric).fit(x.astype(fitted))
+    new = (2 * x[::-1]).astype(asked)
+    found = model.transform(new)
+    wide = {np.float64, np.int64}
+    assert found.dtype == (np.float64 if {fitted, asked} & wide else np.float32)
+    centroids = model.cluster_centers_.astype(np.float64)
+    if metric == "euclidean":
+        expected = np.sqrt(reference_dist2(new, centroids))
+    else:
+        expected = 1 - new @ centroids.T / np.linalg.norm(new.astype(np.float64), axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    if metric == "euclidean" and {fitted, asked} <= {np.float32, np.float64}:  # its types of rows
+        theirs = Peer(4, init=model.cluster_centers_, n_init=1, max_iter=1).fit(x.astype(fitted))
+        assert theirs.transform(new).dtype == found.dtype
+
+
+def test_distances_beyond_float32_are_finite_where_rows_are_float64() -> None:
+    x = rows("blobs", 60, 3)
+    model = KMeans(4, random_state=0).fit(x)
+    far = x.double() * 1e60
+    found = model.transform(far)
+    np.testing.assert_allclose(found**2, reference_dist2(far, model.cluster_centers_), rtol=1e-12)
+    assert mislabelled(model.predict(far), far, model.cluster_centers_) == 0
+
+
 def test_sums_that_overflow_are_refused_though_no_distance_does() -> None:
     model = KMeans(1, init=np.zeros((1, 1)), n_init=1).fit(np.array([[-1.0], [1.0]]))
     x = np.full((1000, 1), 1e153)

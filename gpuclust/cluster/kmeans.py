@@ -234,7 +234,8 @@ class KMeans(ScikitLearn):
         return self
 
     def predict(self, X: Any) -> Any:
-        """The nearest centroid of each row of ``X`` (n, d): int32 (n,).
+        """The nearest centroid of each row of ``X`` (n, d), by the reference distance of both as they are stored, in
+        float64 whatever their types: int32 (n,).
 
         Raises
         ------
@@ -253,14 +254,15 @@ class KMeans(ScikitLearn):
         return self.fit(X, sample_weight=sample_weight).labels_
 
     def transform(self, X: Any) -> Any:
-        """Distances of the rows of ``X`` (n, d) to the centroids, in their type: (n, n_clusters).
+        """Distances of the rows of ``X`` (n, d) to the centroids, (n, n_clusters); 1 - cos for ``metric="cosine"``.
 
-        For ``metric="cosine"`` it is 1 - cos.
+        float64 where X or the centroids are float64 or X has whole numbers, else float32.
         """
         X = unshared(X)[0]
         rows, centroids = self._known(X)
         # Where it is wanted: the device that rows are streamed to may have no room for it.
-        out = torch.empty(rows.source.shape[0], len(centroids), dtype=centroids.dtype, device=rows.home)
+        dtype = torch.promote_types(centroid_dtype(rows.source.dtype), centroids.dtype)
+        out = torch.empty(rows.source.shape[0], len(centroids), dtype=dtype, device=rows.home)
 
         source = self._measured(rows)
 
