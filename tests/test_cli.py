@@ -305,6 +305,20 @@ def test_cluster_writes_the_labels_of_a_file(here: Path, capsys: pytest.CaptureF
     assert "rows: streamed from a mapped file: 6 kB, and there is room for 3 kB\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("device", ["meta", "ipu", "tpu", "cuda:99"])
+def test_cluster_and_bench_refuse_a_device_in_one_line(
+    device: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save("X.npy", np.eye(3))
+    for words in (["cluster", "X.npy", "--clusters", "2"], ["bench", "-n", "30", "-d", "3", "-k", "2"]):
+        assert run_command([*words, "--device", device]) == 2
+        err = capsys.readouterr().err
+        assert repr(device) in err
+        assert err.startswith("gpuclust: ")
+        assert err.count("\n") == 1
+    assert [file.name for file in here.iterdir()] == ["X.npy"]
+
+
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["doctor"]) == 0
     shown = capsys.readouterr().out

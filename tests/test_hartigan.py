@@ -109,6 +109,23 @@ def test_max_iter_bounds_the_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.inertia < short.inertia
 
 
+@pytest.mark.parametrize("max_iter", [1, 2, 3, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_returned_belongs_together_however_early_the_sweeps_end(dtype: torch.dtype, max_iter: int) -> None:
+    for seed in range(4):
+        x = rows("noise", 150, 2 + seed, dtype)
+        start = x[seed : seed + 12].clone()
+        lloyd, found = (
+            KMeans(12, init=start, n_init=1, max_iter=max_iter, algorithm=algorithm).fit(x)
+            for algorithm in ("lloyd", "hartigan-wong")
+        )
+        assert mislabelled(found.labels_, x, found.cluster_centers_) == 0
+        dist2 = reference_dist2(x, found.cluster_centers_)[np.arange(len(x)), found.labels_.numpy()]
+        assert found.inertia_ == pytest.approx(dist2.sum(), rel=1e-13)
+        assert found.inertia_ == -found.score(x)
+        assert found.inertia_ <= lloyd.inertia_
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_cluster_and_as_many_as_rows(dtype: torch.dtype) -> None:
     x = rows("noise", 30, 4, dtype)

@@ -310,8 +310,30 @@ def test_devices_are_named_and_missing_ones_refused() -> None:
         find_device("cuda:99")
     with pytest.raises(InputError, match="auto, cpu, cuda"):
         find_device("gpu")
-    with pytest.raises(InputError):
-        fit(X, device="nowhere")
+    for unknown in ("nowhere", 1.5):
+        with pytest.raises(InputError, match="auto, cpu, cuda"):
+            fit(X, device=unknown)
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "mtia", "opengl", torch.device("meta")], ids=str)
+def test_devices_that_cannot_compute_in_float64_are_refused_by_name(device: Any) -> None:
+    with pytest.raises(UnavailableError, match=rf"^device '{device}' .*float64 there \(.+\): use device='auto'"):
+        fit(X, device=device)
+    with pytest.raises(UnavailableError, match=f"device '{device}'"):
+        fit(X).set_params(device=device).predict(X)
+
+
+def test_a_device_that_can_is_asked_and_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    plain = torch.zeros
+
+    def zeros(*shape: Any, device: Any, **options: Any) -> torch.Tensor:
+        asked.append(device)
+        return plain(*shape, device="cpu", **options)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert find_device("xpu:1") == torch.device("xpu:1")
+    assert asked == [torch.device("xpu:1")]
 
 
 def test_numbers_are_told_from_what_only_looks_like_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from cases_cluster import KINDS, blobs, mislabelled, relu, rows
+from cases_cluster import KINDS, blobs, mislabelled, reference_dist2, relu, rows
 from sklearn.base import clone
 from sklearn.cluster import KMeans as Peer
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
@@ -303,6 +304,100 @@ def test_rows_of_another_width_and_bad_values_are_refused_after_the_fit(method: 
     bad[2, 1] = np.nan
     with pytest.raises(ValueError, match=r"NaN.* in row 2, column 1"):
         getattr(model, method)(bad)
+
+
+@pytest.mark.parametrize("method", ["fit", "predict", "transform", "score"])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_values_whose_squares_overflow_are_refused_by_all_methods(method: str, precision: str) -> None:
+    x = rows("blobs", 500, 3, torch.float64)
+    model = KMeans(4, random_state=0, precision=precision).fit(x)
+    far = x.clone()
+    far[321] *= 1e200  # one row is enough
+    for given in (x * 1e200, far, [far[:400], far[400:]]):
+        with pytest.raises(InputError, match=r"values up to .*e\+20\d are too large: squared distances overflow"):
+            getattr(model, method)(given)
+
+
+@pytest.mark.parametrize("kind", ["blobs", "offset", "one far row"])
+def test_what_fit_takes_all_methods_take_up_to_the_end_of_the_range(kind: str) -> None:
+    x, taken = rows(kind, 60, 3, torch.float64), []
+    x /= x.abs().amax()
+    for exponent in range(504, 526):
+        for k in (1, 2, 7):
+            model = KMeans(k, random_state=0, n_init=1)
+            try:
+                model.fit(x * 2.0**exponent)
+            except InputError:
+                continue
+            taken.append(exponent)
+            given, centroids = x * 2.0**exponent, model.cluster_centers_
+            assert 0 < model.inertia_ < math.inf
+            assert model.score(given) == -model.inertia_
+            assert mislabelled(model.predict(given), given, centroids) == 0
+            np.testing.assert_allclose(model.transform(given) ** 2, reference_dist2(given, centroids), rtol=1e-12)
+    assert 504 in taken
+    assert max(taken) < 525
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e60, 1e-60])
+@pytest.mark.parametrize("types", [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_labels_are_exact_where_rows_and_centroids_are_of_different_types(types: Any, scale: float) -> None:
+    fitted, asked = types
+    x, new = (
+        rows("blobs", 300, 3, dtype, seed) * (scale if dtype == torch.float64 else 1.0)
+        for seed, dtype in enumerate(types)
+    )
+    model = KMeans(20, random_state=0).fit(x)
+    assert (model.cluster_centers_.dtype, new.dtype) == (fitted, asked)
+    dist2 = reference_dist2(new, model.cluster_centers_)
+    assert mislabelled(model.predict(new), new, model.cluster_centers_) == 0
+    assert model.score(new) == pytest.approx(-dist2.min(1).sum(), rel=1e-13)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("fitted", [np.float16, np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("asked", [np.float16, np.float32, np.float64, np.int64])
+def test_distances_are_float64_where_rows_or_centroids_are(fitted: Any, asked: Any, metric: str) -> None:
+    x = 1 + 9 * np.random.RandomState(0).rand(60, 3)
+    model = KMeans(4, random_state=0, metric=metric).fit(x.astype(fitted))
+    new = (2 * x[::-1]).astype(asked)
+    found = model.transform(new)
+    wide = {np.float64, np.int64}
+    assert found.dtype == (np.float64 if {fitted, asked} & wide else np.float32)
+    centroids = model.cluster_centers_.astype(np.float64)
+    if metric == "euclidean":
+        expected = np.sqrt(reference_dist2(new, centroids))
+    else:
+        expected = 1 - new @ centroids.T / np.linalg.norm(new.astype(np.float64), axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    if metric == "euclidean" and {fitted, asked} <= {np.float32, np.float64}:  # its types of rows
+        theirs = Peer(4, init=model.cluster_centers_, n_init=1, max_iter=1).fit(x.astype(fitted))
+        assert theirs.transform(new).dtype == found.dtype
+
+
+def test_distances_beyond_float32_are_finite_where_rows_are_float64() -> None:
+    x = rows("blobs", 60, 3)
+    model = KMeans(4, random_state=0).fit(x)
+    far = x.double() * 1e60
+    found = model.transform(far)
+    np.testing.assert_allclose(found**2, reference_dist2(far, model.cluster_centers_), rtol=1e-12)
+    assert mislabelled(model.predict(far), far, model.cluster_centers_) == 0
+
+
+def test_sums_that_overflow_are_refused_though_no_distance_does() -> None:
+    model = KMeans(1, init=np.zeros((1, 1)), n_init=1).fit(np.array([[-1.0], [1.0]]))
+    x = np.full((1000, 1), 1e153)
+    assert np.isfinite(model.transform(x)).all()
+    with pytest.raises(InputError, match=r"distances up to 1e\+153 are too large"):
+        model.score(x)
+    assert model.score(x / 100) == pytest.approx(-1e305)
+
+
+def test_rows_of_any_size_have_a_direction() -> None:
+    x = rows("noise", 60, 3, torch.float64)
+    model = KMeans(4, metric="cosine", random_state=0).fit(x)
+    assert torch.equal(model.predict(x * 2.0**700), model.labels_)
+    assert torch.equal(model.transform(x * 2.0**700), model.transform(x))
 
 
 # ---- what is left alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from gpuclust.cluster.backends import torch as torch_backend
 from gpuclust.cluster.backends.torch import TorchBackend
-from gpuclust.cluster.sums import Grid, power_above, total, tree_sum
+from gpuclust.cluster.sums import SUMMED, Grid, power_above, total, tree_sum
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -165,6 +166,12 @@ def test_tree_sum_rounds_once_for_each_level_whatever_stands_beside(length: int,
     assert torch.equal(together, apart)
     bound = math.ceil(math.log2(length) + 1) * 2.0**-53 * size
     assert bool(((together - torch.tensor(exact, dtype=torch.float64)).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 60, 4096])
+def test_a_total_is_in_range_where_its_terms_are(n: int) -> None:
+    most = sys.float_info.max / SUMMED / n
+    assert total(torch.full((n,), most, dtype=torch.float64)) == pytest.approx(most * n, rel=1e-12)
 
 
 def test_sums_do_not_depend_on_threads() -> None:

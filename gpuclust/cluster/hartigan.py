@@ -85,7 +85,8 @@ class _Partition:
         for start, x in self.source.chunks(lloyd.chunk_rows(1)):
             part = slice(start, start + x.shape[0])
             lloyd.account(x, part, self.labels[None, part], None, self.sums, counts)
-        self.centres = solution.centroids.double()
+        # A copy: moves write here, and the solution stays what is returned where they help nothing.
+        self.centres = solution.centroids.to(torch.float64, copy=True)
         self._count()
         for cluster in self.mass.nonzero()[0]:
             self._centre(int(cluster))
@@ -203,6 +204,5 @@ class _Partition:
         """How far a centre can be from the mean of its rows, times the scale."""
         if self.mass[cluster] == 0:
             return 0.0
-        far = torch.tensor(self.far, dtype=torch.float64)
-        count, mass = (torch.tensor(table[cluster]) for table in (self.counts, self.mass))
-        return self.rounding.of(count, mass, far, far).item()
+        known = (self.counts[cluster], self.mass[cluster], self.far, self.far)
+        return self.rounding.of(*torch.tensor(known, dtype=torch.float64, device="cpu")).item()

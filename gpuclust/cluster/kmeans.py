@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from gpuclust.cluster.distributed import Block, Group, in_all, unshared
 from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.memory import halvings_within, least_bytes
-from gpuclust.cluster.moments import centroid_dtype
+from gpuclust.cluster.moments import centroid_dtype, require_range
 from gpuclust.cluster.portable import from_host, has_moved, is_here, to_host
 from gpuclust.cluster.predict import dist2_to_all, nearest
 from gpuclust.cluster.relief import Relief, relief
@@ -28,7 +29,7 @@ from gpuclust.cluster.scikit import ScikitLearn
 from gpuclust.cluster.sources.arrays import read_array
 from gpuclust.cluster.sources.base import ChunkSource, TensorSource
 from gpuclust.cluster.sources.inputs import Rows, is_real, is_whole, read_rows, read_weights
-from gpuclust.cluster.sums import total
+from gpuclust.cluster.sums import SUMMED, total
 from gpuclust.config import BACKENDS, PRECISIONS, SOLVERS
 from gpuclust.errors import InputError, UnavailableError
 
@@ -174,8 +175,8 @@ class KMeans(ScikitLearn):
         Raises
         ------
         InputError (a ValueError)
-            For parameters out of range, NaN or infinity in X (the first is named), more clusters than rows, negative or
-            all-zero weights, ``init`` of another shape.
+            For parameters out of range, NaN or infinity in X (the first is named), values whose squares overflow, more
+            clusters than rows, negative or all-zero weights, ``init`` of another shape.
         TypeError
             For sparse X.
         UnavailableError (a ValueError)
@@ -245,7 +246,15 @@ class KMeans(ScikitLearn):
         return self
 
     def predict(self, X: Any) -> Any:
-        """The nearest centroid of each row of ``X`` (n, d): int32 (n,)."""
+        """The nearest centroid of each row of ``X`` (n, d), by the reference distance of both as they are stored, in
+        float64 whatever their types: int32 (n,).
+
+        Raises
+        ------
+        InputError (a ValueError)
+            For NaN or infinity in X (the first is named), values whose squares overflow, and rows of another width; so
+            do `transform` and `score`.
+        """
         rows, centroids = self._known(unshared(X)[0])
         rows = self._measured(rows)
         source = rows.source
@@ -258,14 +267,15 @@ class KMeans(ScikitLearn):
         return self.fit(X, sample_weight=sample_weight).labels_
 
     def transform(self, X: Any) -> Any:
-        """Distances of the rows of ``X`` (n, d) to the centroids, in their type: (n, n_clusters).
+        """Distances of the rows of ``X`` (n, d) to the centroids, (n, n_clusters); 1 - cos for ``metric="cosine"``.
 
-        For ``metric="cosine"`` it is 1 - cos.
+        float64 where X or the centroids are float64 or X has whole numbers, else float32.
         """
         X = unshared(X)[0]
         rows, centroids = self._known(X)
         # Where it is wanted: the device that rows are streamed to may have no room for it.
-        out = torch.empty(rows.source.shape[0], len(centroids), dtype=centroids.dtype, device=rows.home)
+        dtype = torch.promote_types(centroid_dtype(rows.source.dtype), centroids.dtype)
+        out = torch.empty(rows.source.shape[0], len(centroids), dtype=dtype, device=rows.home)
 
         source = self._measured(rows).source
 
@@ -288,13 +298,15 @@ class KMeans(ScikitLearn):
             rows, centroids = self._known(X)
         rows = self._measured(rows)
         source = rows.source
-        weights = read_weights(sample_weight, source, group)
+        weights, block = read_weights(sample_weight, source, group), Block.of(source.shape[0], group)
         with self._room(rows) as room:
             with in_all(group):
                 backend = self._backend(source)
                 labels = room.run(lambda: nearest(source, centroids, backend, self.precision))
                 dist2 = room.run(lambda: distances(source, centroids, labels))
-            found = total(dist2, weights, Block.of(source.shape[0], group))
+                far2 = dist2.amax().item()
+                require_range(SUMMED * far2 * block.n, math.sqrt(far2), "distances")
+            found = total(dist2, weights, block)
             return -found if self.metric == "euclidean" else -found * HALF
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:

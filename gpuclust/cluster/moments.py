@@ -10,7 +10,7 @@ import torch
 from gpuclust.cluster.distributed import Block, in_all
 from gpuclust.cluster.exact import Frame, reference_dist2
 from gpuclust.cluster.sources.base import ChunkSource, block_rows
-from gpuclust.cluster.sums import Grid, total
+from gpuclust.cluster.sums import SUMMED, Grid, total
 from gpuclust.errors import InputError
 
 
@@ -71,11 +71,8 @@ class Moments:
         for start, x in source.chunks(rows):
             dist2[start : start + x.shape[0]] = reference_dist2(x, mean)
         far2, most = block.max(dist2.amax()).item(), largest.amax().item()
-        # Four times the farthest bounds any distance between two rows; sums of n of them must stay finite.
-        if not math.isfinite(8 * far2 * block.n):
-            raise InputError(
-                f"values up to {most:.3g} are too large: their squared distances overflow float64; scale X"
-            )
+        # Four times the farthest bounds any distance between two rows.
+        require_range(SUMMED * 4 * far2 * block.n, most)
         spread = total(dist2, None, block)
         return cls(
             block,
@@ -106,6 +103,17 @@ def largest_per_column(x: torch.Tensor, start: int = 0) -> torch.Tensor:
     if not bool(largest.isfinite().all()):
         _refuse(x, start)
     return largest
+
+
+def require_range(bound: float, largest: float, what: str = "values") -> None:
+    """Refuse rows with ``what`` up to ``largest`` where squared distances or their sums, up to ``bound``, overflow.
+
+    Raises
+    ------
+    InputError
+    """
+    if not math.isfinite(bound):
+        raise InputError(f"{what} up to {largest:.3g} are too large: squared distances overflow float64; scale X")
 
 
 def _refuse(x: torch.Tensor, start: int) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from gpuclust.cluster.backends.base import Backend
 from gpuclust.cluster.exact import Frame, reference_dist2
-from gpuclust.cluster.moments import centroid_dtype, largest_per_column
+from gpuclust.cluster.moments import centroid_dtype, largest_per_column, require_range
 from gpuclust.cluster.sources.base import ChunkSource, block_rows
 
 # Below this share of the squared norms, a distance by products has lost too much to cancellation.
@@ -26,15 +26,21 @@ def nearest(
     Raises
     ------
     InputError
-        For NaN and infinity in the rows.
+        For NaN and infinity in the rows, and for values whose squared distances overflow float64.
     """
     n, d = source.shape
     labels = torch.empty(1, n, dtype=torch.int32, device=source.device)
-    centre = centroids.double().mean(0).to(centroid_dtype(source.dtype)).double()
+    dtype = centroid_dtype(source.dtype)
+    most = torch.finfo(dtype).max  # centroids of another type may be beyond it
+    centre = centroids.double().mean(0).clamp_(-most, most).to(dtype).double()
+    reach2 = _far2(centroids, centre).amax().item()
     for start, x in source.chunks(backend.chunk_rows(1, len(centroids), d, source.device)):
         largest = largest_per_column(x, start).amax().item()
         dist2 = _far2(x, centre)
-        frame = Frame.of(source.dtype, centre, largest, dist2.mean().item(), dist2.amax().item())
+        far2 = dist2.amax().item()
+        # No distance of a row to a centroid is above twice the sum of theirs to one point.
+        require_range(2 * (far2 + reach2), largest)
+        frame = Frame.of(source.dtype, centre, largest, dist2.mean().item(), far2)
         found = labels[:, start : start + x.shape[0]]
         operand = backend.prepare(frame, centroids[None], source.dtype)
         backend.assign(x, frame.norms(dist2), operand, found, precision)
@@ -55,14 +61,22 @@ def dist2_to_all(source: ChunkSource, centroids: torch.Tensor) -> Iterator[tuple
     """Chunk by chunk, the rows and their squared distances to all centroids (k, d): float64 (b, k).
 
     By products of centred values in float64; where they cancel, by the difference form.
+
+    Raises
+    ------
+    InputError
+        For NaN and infinity in the rows, and for values whose squared distances overflow float64.
     """
     centre = centroids.double().mean(0)
     moved = centroids.double() - centre
     square = torch.linalg.vecdot(moved, moved)
+    reach2 = square.amax().item()
     for start, x in source.chunks(block_rows(max(centroids.shape), source.device)):
-        largest_per_column(x, start)
+        largest = largest_per_column(x, start).amax().item()
         rows = x.double() - centre
-        norms = torch.linalg.vecdot(rows, rows)[:, None] + square
+        far2 = torch.linalg.vecdot(rows, rows)
+        require_range(2 * (far2.amax().item() + reach2), largest)
+        norms = far2[:, None] + square
         dist2 = torch.addmm(norms, rows, moved.t(), alpha=-2.0)
         # Not "less": what overflowed to no number must be read again.
         row, which = (dist2 >= norms * _CANCELLED).logical_not_().nonzero(as_tuple=True)

@@ -67,7 +67,7 @@ class Sketch:
         terms = (min(d, _SLICE) + math.ceil(d / _SLICE) + 4) * FLOAT32.adding
         self.forming = math.sqrt(m) * terms / (1 - terms)
         self.lift = self.frame.offset * self.frame.scale if self.frame.stored else 0.0
-        self.rows = self.norms = torch.empty(0)
+        self.rows = self.norms = self.basis.new_empty(0)
 
     def read(self) -> None:
         """Sketch all rows: ``rows`` float32 (n, m), and ``norms`` float32 (n,), what bounds are multiplied with."""

@@ -24,6 +24,8 @@ from gpuclust.errors import InputError
 
 # Values that are split at a time.
 _TOTAL_VALUES = 1 << 20
+# The sum of n terms of at most t is in range, with the numbers that round them to a grid, where so many times n t is.
+SUMMED = 16
 _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 

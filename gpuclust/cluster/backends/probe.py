@@ -34,7 +34,7 @@ def _compare(backend: Backend, device: torch.device, n: int, d: int, k: int, r: 
     from gpuclust.cluster.moments import Moments
     from gpuclust.cluster.sources.base import TensorSource
 
-    x = (torch.randn(n, d, generator=torch.Generator().manual_seed(0)) + 0.5).to(device, dtype)
+    x = (torch.randn(n, d, generator=torch.Generator("cpu").manual_seed(0), device="cpu") + 0.5).to(device, dtype)
     source = TensorSource(x)
     moments = Moments.of(source)
     norms = moments.frame.norms(moments.dist2)

@@ -40,7 +40,7 @@ def to_rows(x: torch.Tensor | np.ndarray) -> torch.Tensor:
     """The rows as a floating tensor; a copy only where it must be."""
     if isinstance(x, np.ndarray):
         if not in_place(x):
-            out = torch.empty(x.shape, dtype=row_dtype(x))
+            out = torch.empty(x.shape, dtype=row_dtype(x), device="cpu")
             copy_rows(x, out)
             return out
         with warnings.catch_warnings():

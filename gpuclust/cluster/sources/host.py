@@ -88,7 +88,7 @@ class HostSource:
     def take(self, index: torch.Tensor) -> torch.Tensor:
         order = index.cpu().argsort()
         wanted = index.cpu()[order]
-        out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype)
+        out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device="cpu")
         # In the order of the file, a few at a time; each goes where it was asked for.
         for place, some in zip(order.split(_GATHERED), wanted.split(_GATHERED), strict=True):
             for span in self._spans():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpuclust.arithmetic import subnormals
 from gpuclust.cluster.distributed import Group, OneProcess, in_all, require_same
 from gpuclust.cluster.sources.arrays import (
     in_place,
@@ -25,7 +26,7 @@ from gpuclust.cluster.sources.chunks import ChunksSource
 from gpuclust.cluster.sources.host import HostSource
 from gpuclust.cluster.sources.mapped import Mapped
 from gpuclust.config import show_bytes
-from gpuclust.errors import InputError, UnavailableError
+from gpuclust.errors import InputError, UnavailableError, first_line
 from gpuclust.free import free_bytes
 
 # What is left to a fit on CUDA at least, where no limit is set.
@@ -104,6 +105,7 @@ def read_rows(
         return Rows(chunks, back, home, "chunks, read anew in each pass", chunks.buffer_bytes)
     given, back, home = open_array(x)
     require_rows(given, name)
+    place = find_device(home) if place is None else place
     return _place(given, back, home, place, memory_limit, beside or (lambda *_: 0))
 
 
@@ -157,7 +159,7 @@ def _place(
     given: torch.Tensor | np.ndarray,
     back: Callable[[torch.Tensor], Any],
     home: torch.device,
-    device: torch.device | None,
+    device: torch.device,
     memory_limit: int | None,
     beside: Callable[[int, int, torch.dtype, torch.device], int],
 ) -> Rows:
@@ -166,7 +168,6 @@ def _place(
     A file that is mapped is streamed on a CPU, too, which there costs no copy: its pages are given back after each
     chunk if all of them would be too many.
     """
-    device = home if device is None else device
     if home.type != "cpu":
         there = TensorSource(to_rows(given).to(device))
         return Rows(there, back, home, f"on {home}" if there.device == home else f"copied to {there.device}")
@@ -202,20 +203,30 @@ def find_device(device: str | torch.device) -> torch.device:
 
     Raises
     ------
+    InputError
+        If torch knows no such device.
     UnavailableError
-        If it is not there.
+        If it is not there, or cannot compute in float64.
     """
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"device is auto, cpu, cuda or cuda:INDEX; got {device!r}") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UnavailableError(
             f"device {device!r} was asked for, and torch sees {torch.cuda.device_count()} CUDA devices: "
             "`gpuclust doctor` says why; use device='auto' or 'cpu'"
         )
+    if found.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, dtype=torch.float64, device=found).item()
+        except Exception as error:  # each device has its own way to say that it is not there
+            raise UnavailableError(
+                f"device {str(device)!r} was asked for, and torch cannot compute in float64 there "
+                f"({first_line(error).partition('. ')[0]}): use device='auto', 'cpu' or 'cuda'"
+            ) from error
     return found
 
 
@@ -231,9 +242,10 @@ def read_weights(weights: Any, source: ChunkSource, group: Group | None = None) 
     require_same(group, sample_weight="given" if weights is not None else None)
     if weights is None:
         return None
-    with in_all(group):
+    with in_all(group), subnormals(source.device):
         values = _read_weights(weights, source)
-    facts = group.gather((bool((values > 0).any()), bool((values == 1).all())))
+        found = bool((values > 0).any()), bool((values == 1).all())
+    facts = group.gather(found)
     if not any(positive for positive, _ in facts):
         raise InputError("sample_weight is zero for every row: at least one needs a weight above zero.")
     return None if all(ones for _, ones in facts) else values
@@ -244,7 +256,7 @@ def _read_weights(weights: Any, source: ChunkSource) -> torch.Tensor:
     plain = isinstance(weights, np.ndarray) or not hasattr(weights, "__dlpack__")
     given = np.asarray(weights) if plain else open_array(weights)[0]
     require_real(given)
-    values = torch.as_tensor(np.array(given, np.float64) if isinstance(given, np.ndarray) else given)
+    values = torch.from_numpy(np.array(given, np.float64)) if isinstance(given, np.ndarray) else given
     values = values.to(source.device, torch.float64)
     if values.ndim == 0:
         values = values.expand(n).clone()

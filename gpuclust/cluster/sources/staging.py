@@ -105,7 +105,7 @@ class _Copies:
             rows = piece.pinned
             if rows is None:
                 if slot not in self.host:
-                    self.host[slot] = torch.empty(self.shape, dtype=self.dtype, pin_memory=True)
+                    self.host[slot] = torch.empty(self.shape, dtype=self.dtype, device="cpu", pin_memory=True)
                 rows = self.host[slot][: piece.size]
                 self.copied[slot].synchronize()
                 piece.fill(rows)
