@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cases_cluster import blobs, rows
+from cases_rows import Changing, reorder
 
 from gpuclust.cluster import KMeans, shared
 from gpuclust.cluster.distributed import Block, Group, OneProcess, TorchGroup
@@ -123,6 +124,10 @@ def _refusals(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
     zeros = x.clone()
     zeros[220] = 0
     ones = np.ones(len(part(x)))
+
+    def changing(at: int, change: Callable[[torch.Tensor], Any]) -> Changing:
+        return Changing(part(x).clone(), at if last else 0, change)
+
     attempts: dict[str, Callable[[], Any]] = {
         "NaN": lambda: KMeans(3).fit(shared(part(bad), group)),
         "no rows": lambda: KMeans(3).fit(shared(x[:0] if last else x, group)),
@@ -141,6 +146,8 @@ def _refusals(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
         "too large": lambda: KMeans(3).fit(shared(part(x.double() * (1e160 if last else 1)), group)),
         "zeros": lambda: KMeans(3, metric="cosine").fit(shared(part(zeros), group)),
         "metric": lambda: KMeans(3, metric="cosine" if last else "euclidean", random_state=0).fit(shared(x, group)),
+        "changed": lambda: KMeans(3, random_state=0).fit(shared(changing(7, lambda x: x[1:2].add_(1)), group)),
+        "another order": lambda: KMeans(3, random_state=0).fit(shared(changing(5, reorder), group)),
         "score": lambda: KMeans(3).fit(x).score(shared(bad if last else x, group)),
     }
     found = {}
@@ -225,6 +232,8 @@ def test_an_error_of_one_process_is_an_error_of_all(answers: list[dict[str, Any]
         ("too large", "InputError", "too large"),
         ("zeros", "InputError", "process 1 of 2: Input X contains a row of zeros: row 220 "),
         ("metric", "InputError", "need the same metric; got 'euclidean' in process 0, 'cosine' in process 1"),
+        ("changed", "InputError", "X changed between two passes"),
+        ("another order", "InputError", "process 1 of 2: X changed between two passes"),
         ("score", "InputError", "process 1 of 2: Input X contains NaN: nan in row 200, column 4"),
     ):
         assert one.pop(name)[0] == kind, name

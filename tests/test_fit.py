@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases_cluster import blobs, mislabelled, reference_dist2, rows
+from cases_cluster import KINDS, blobs, mislabelled, reference_dist2, rows
+from cases_rows import Changing, reorder
 
 from gpuclust.cluster import fit as fit_module
 from gpuclust.cluster.fit import Fit, fit_kmeans
@@ -16,6 +17,8 @@ from gpuclust.cluster.sources.base import ChunkSource, TensorSource
 from gpuclust.errors import InputError, UnavailableError
 
 SHAPES = [("relu", 1500, 24, torch.float32), ("offset", 900, 1500, torch.float16), ("noise", 1500, 10, torch.float64)]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+BEYOND_HALF = ("huge", "tiny", "subnormal")
 
 
 class Uneven:
@@ -225,3 +228,79 @@ def test_the_budget_groups_the_restarts(monkeypatch: pytest.MonkeyPatch) -> None
     x = rows("noise", 300, 5)
     fit(x, n_init=5, memory_limit=2 * 32 * (7 * 5 + 300))
     assert sizes == [2, 2, 1]
+
+
+# ---- rows that change
+
+
+def one_value(value: float) -> Callable[[torch.Tensor], Any]:
+    return lambda x: x[len(x) // 2, :1].fill_(value)
+
+
+CHANGES = {
+    "NaN": one_value(float("nan")),
+    "infinity": one_value(float("inf")),
+    "NaN everywhere": lambda x: x.fill_(float("nan")),
+    "one value": one_value(3.0),
+    "a shift": lambda x: x.add_(1),
+    "another order": reorder,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("solver", "init", "algorithm"),
+    [("primal", "k-means++", "lloyd"), ("primal", "k-means||", "hartigan-wong"), ("dual", "random", "lloyd")],
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, where rows are infinite
+def test_rows_that_change_are_noticed(solver: str, init: str, algorithm: str, weighted: bool, change: str) -> None:
+    x = rows("blobs", 160, 20)
+    options = {"solver": solver, "init": init, "algorithm": algorithm, "weights": weights_for(x, weighted)}
+    source = Changing(x.clone(), 0, CHANGES[change])
+    fit(source, **options)
+    for at in (2, 3, 4, 6, source.times // 2, source.times - 1, source.times):
+        with pytest.raises(InputError, match=r"X changed between two passes|Input X contains"):
+            fit(Changing(x.clone(), at, CHANGES[change]), **options)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("solver", ["primal", "dual"])
+def test_sums_and_distances_notice_it_without_a_sample(
+    solver: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module.Sample, "require_unchanged", lambda self: None)
+    x = rows("blobs", 160, 20)
+    options = {"solver": solver, "init": [x[:6].clone()], "n_init": 1, "tol": 0.0}
+    source = Changing(x.clone(), 0, CHANGES[change])
+    fit(source, **options)
+    # After the sample and the three passes of the moments, which everything else is compared with; an order counts from
+    # the pass after that.
+    for at in range(5 + (change == "another order"), source.times + 1):
+        with pytest.raises(InputError, match=r"X changed between two passes"):
+            fit(Changing(x.clone(), at, CHANGES[change]), **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, dtype) for kind in KINDS for dtype in DTYPES if dtype != torch.float16 or kind not in BEYOND_HALF],
+    ids=str,
+)
+def test_rows_that_stay_are_not_changed(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, asked = fit_module.Lloyd.doubt, []
+
+    def doubt(self: Any, centroids: torch.Tensor, inertia: float) -> float:
+        found = plain(self, centroids, inertia)
+        asked.append(found)
+        # So little that a row cannot hide in it, and yet eight times what it needs to be.
+        assert found < 1e-3 * self.moments.spread or self.moments.frame.vanishing
+        return found / 8
+
+    monkeypatch.setattr(fit_module.Lloyd, "doubt", doubt)
+    for n, d in ((400, 5), (60, 300)):
+        x = rows(kind, n, d, dtype)
+        heavy = torch.from_numpy(np.where(np.random.RandomState(0).rand(n) < 0.5, 1.0, 1e-9))
+        for weights in (None, weights_for(x, True), heavy, heavy * 1e-300):
+            for solver in ("primal", "dual"):
+                fit(x, weights=weights, solver=solver, max_iter=4)
+    assert len(asked) >= 16

@@ -33,6 +33,7 @@ from gpuclust.cluster.gram import Gram, U, gamma
 from gpuclust.cluster.lloyd import Lloyd, Solution, numbered
 from gpuclust.cluster.moments import centroid_dtype
 from gpuclust.cluster.sources.base import take_rows, tile_rows
+from gpuclust.cluster.sources.checksum import require_unchanged
 from gpuclust.cluster.sums import joined
 
 # Values of the scores that are worked on at a time.
@@ -317,5 +318,7 @@ class Dual:
             else:
                 centroids = self._true(one.centres, 0, every)
             inertia = self.lloyd.inertia(centroids, sums, one.mass)
+            # The matrix is of the rows as they were, the sums of what they are now.
+            require_unchanged(abs(inertia - one.inertia) <= one.bound + self.lloyd.doubt(centroids, inertia))
             solutions.append(Solution(centroids, one.labels, inertia, one.n_iter, one.shifts))
         return solutions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from gpuclust.cluster.seeding.plus_plus import choose_plus_plus, choose_random
 from gpuclust.cluster.seeding.scalable import choose_scalable
 from gpuclust.cluster.solver import budget_bytes, dual_together, plan, primal_together
 from gpuclust.cluster.sources.base import ChunkSource, take_rows
+from gpuclust.cluster.sources.checksum import Sample, require_unchanged
 from gpuclust.cluster.sums import total
 from gpuclust.errors import UnavailableError
 from gpuclust.free import free_bytes
@@ -169,8 +171,9 @@ def fit_kmeans(
         with in_all(group):
             problem = Problem(n, d, k, source.dtype, device, weights is not None, n_init, group.size)
             runner, rejected = choose(backend, problem)
+        sample = Sample(source)
         if isinstance(runner, WholeFit):
-            return _whole(
+            whole = _whole(
                 runner,
                 source,
                 k,
@@ -183,6 +186,8 @@ def fit_kmeans(
                 seed=seed,
                 weights=weights,
             )
+            sample.require_unchanged()
+            return whole
         with in_all(group):
             # The dual solver that is asked for may take all there is, and no more.
             room_bytes = free_bytes(device) if solver == "dual" and memory_limit is None else memory_limit
@@ -261,6 +266,10 @@ def fit_kmeans(
             if tell:
                 tell(f"{moves} moves of single rows, inertia {inertia * unit:.10g}")
             watch.lap("moves_s")
+        # The sums are of the rows as they were in the passes, the distances of what they are now.
+        require_unchanged(abs(inertia - best.inertia) <= lloyd.doubt(best.centroids, inertia))
+        with in_all(group):
+            sample.require_unchanged()
     return Fit(
         best.centroids,
         best.labels,
@@ -325,6 +334,7 @@ def _seed(
 
 def _close(solutions: list[Solution], moments: Moments) -> list[Solution]:
     """Those whose inertia may be the least: the others are not kept."""
+    require_unchanged(all(math.isfinite(solution.inertia) for solution in solutions))
     close = min(solution.inertia for solution in solutions) + _ALIKE * moments.spread
     return [solution for solution in solutions if solution.inertia <= close]
 

@@ -103,8 +103,15 @@ class KMeans(ScikitLearn):
     X is a torch tensor, a NumPy array, anything that offers DLPack or ``__cuda_array_interface__``, a memory-mapped
     .npy, chunks of rows (a list of arrays (b, d), or an object whose ``__iter__`` gives them anew each time, in a fixed
     order), or a chunk source (`gpuclust.cluster.sources`); results are of the same kind on the same device.
-    What is streamed, from memory, a file or chunks, is read several times, and gives the same bits; if it changes
-    meanwhile that is an error (`HostSource` says what is noticed in a file). A callable ``init`` gets it as it is.
+    What is streamed, from memory, a file or chunks, is read several times, and gives the same bits. A callable ``init``
+    gets it as it is.
+    X that changes during a fit is an error where that is noticed, and labels stay in range where it is not. Of streamed
+    rows: any change of chunks, and of all on a GPU; in a file on the CPU see `HostSource`. Of rows used in place: any
+    bit of 8192 values of whole rows, 16 rows at least, spread over X, at the beginning and the end; and all that leaves
+    the inertia by the last reading of X another than by the sums of the passes before, beyond their rounding, or no
+    number. So one value is noticed where its squared distance changes by more than some 1e-8 of the sum of the squared
+    distances to the mean (1e-4 for rows 1e4 times as far from zero as from their mean). Not noticed are what was undone
+    before the last reading, rows of one cluster that change places, and rows of weight 0 that the sample lacks.
     A pickled model has in host memory what lies on a device; where it is read the results go back to that device when
     they are first asked for, or stay on the CPU where it is missing. A fit that fails leaves the model as it was.
     Processes that each hold a part of the rows fit them as one with ``fit(shared(X))``, and with nothing else; see

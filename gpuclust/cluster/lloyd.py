@@ -424,6 +424,24 @@ class Lloyd:
         cross = cross.mul_(-2.0).add_(moved.square_().mul_(mass[:, None]))
         return spread + tree_sum(cross.view(1, -1)).item()
 
+    def doubt(self, centroids: torch.Tensor, inertia: float) -> float:
+        """How far `inertia` can be from the ``inertia`` that the rows' distances sum up to, for any labels.
+
+        Sums lose half a last step of their grid for each row and the rounding of terms of the rows' size, times the way
+        from the centroids (k, d) to the mean; the rest is what weights lose and the rounding of distances.
+        """
+        frame, n = self.moments.frame, self.moments.block.n
+        if frame.vanishing:
+            return math.inf
+        away = torch.linalg.vector_norm(centroids.double() - self.moments.mean, dim=1).amax().item()
+        half = torch.linalg.vector_norm(self.moments.grid.magic[-1] * (2.0**-53 / 1.5)).item()
+        far = math.sqrt(frame.far2)
+        row = 2 * away * (half + 2.0**-48 * (frame.offset + far))
+        row += (2.0**-48 + 4.0 ** (math.ceil(math.log2(n + 1)) - 51)) * (away + far) * (away + far)
+        if self.weights is not None:
+            row += self.weights.rounding * away * (away + 2 * frame.offset)
+        return n * row + 2.0**-44 * (self.moments.spread + abs(inertia))
+
 
 def numbered(labels: torch.Tensor, k: int, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels (n,) with the clusters numbered in the order of their first rows, and the old numbers (k,) in that order.

@@ -10,6 +10,7 @@ import torch
 from gpuclust.cluster.distributed import Block, in_all
 from gpuclust.cluster.exact import Frame, reference_dist2
 from gpuclust.cluster.sources.base import ChunkSource, block_rows
+from gpuclust.cluster.sources.checksum import require_unchanged
 from gpuclust.cluster.sums import Grid, total
 from gpuclust.errors import InputError
 
@@ -73,6 +74,7 @@ class Moments:
         far2, most = block.max(dist2.amax()).item(), largest.amax().item()
         # Four times the farthest bounds any distance between two rows; sums of n of them must stay finite.
         if not math.isfinite(8 * far2 * block.n):
+            require_unchanged(not math.isfinite(32 * most * most * d * block.n))
             raise InputError(
                 f"values up to {most:.3g} are too large: their squared distances overflow float64; scale X"
             )
