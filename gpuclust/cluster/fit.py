@@ -28,6 +28,7 @@ from gpuclust.cluster.seeding.scalable import choose_scalable
 from gpuclust.cluster.solver import budget_bytes, dual_together, plan, primal_together
 from gpuclust.cluster.sources.base import ChunkSource, take_rows
 from gpuclust.cluster.sources.checksum import Sample, require_unchanged
+from gpuclust.cluster.story import Story
 from gpuclust.cluster.sums import total
 from gpuclust.errors import UnavailableError
 from gpuclust.free import free_bytes
@@ -244,14 +245,15 @@ def fit_kmeans(
             ended: list[Ending | Solution] = []
             if dual:
                 watch.lap("seed_s")
-                endings, found = alone(partial(dual.run, rows or given))
+                story = Story(tell, restarts, unit, lloyd.tol) if tell else None
+                endings, found = alone(partial(dual.run, rows or given, story))
                 ended += endings
             else:
                 centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
                 for i, place in enumerate(centroids):
                     place.copy_(take_rows(source, block, torch.tensor(rows[i], device=device)) if rows else given[i])
                 watch.lap("seed_s")
-                found = lloyd.run(centroids)
+                found = lloyd.run(centroids, Story(tell, restarts, unit, lloyd.tol) if tell else None)
                 ended += found
             watch.lap("iterate_s")
             if tell:

@@ -54,7 +54,8 @@ class KMeans(ScikitLearn):
     tol : float
         Movement of the centroids (sum of squares, relative to the mean variance of a feature) that ends a restart.
     verbose : int
-        Above 0, a line is printed for the choice of the solver, and one for each restart.
+        Above 0, lines are printed on the choice of the solver, on each iteration and the end of each restart, in
+        scikit-learn's words with the number of the restart. It waits for the device in each iteration.
     random_state : int, numpy.random.RandomState or None
     copy_x : bool
         Without effect: X is never written.
