@@ -215,7 +215,7 @@ def test_an_error_of_one_process_is_an_error_of_all(answers: list[dict[str, Any]
     one, two = (answer["refusals"] for answer in answers[:2])
     assert one == two
     for name, kind, words in (
-        ("NaN", "InputError", "process 1 of 2: Input X contains NaN: nan in row 200, column 4"),
+        ("NaN", "InputError", "process 1 of 2: Input X contains NaN. It is nan in row 200, column 4"),
         ("no rows", "InputError", "process 1 of 2: Found array with 0 sample"),
         ("three dimensions", "InputError", "process 1 of 2: Expected 2D array"),
         ("sparse", "TypeError", "process 1 of 2: Sparse data"),
@@ -234,7 +234,7 @@ def test_an_error_of_one_process_is_an_error_of_all(answers: list[dict[str, Any]
         ("metric", "InputError", "need the same metric; got 'euclidean' in process 0, 'cosine' in process 1"),
         ("changed", "InputError", "X changed between two passes"),
         ("another order", "InputError", "process 1 of 2: X changed between two passes"),
-        ("score", "InputError", "process 1 of 2: Input X contains NaN: nan in row 200, column 4"),
+        ("score", "InputError", "process 1 of 2: Input X contains NaN. It is nan in row 200, column 4"),
     ):
         assert one.pop(name)[0] == kind, name
         assert words in two[name][1], (name, two[name])

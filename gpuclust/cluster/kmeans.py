@@ -19,19 +19,16 @@ from gpuclust.cluster.distributed import Block, Group, in_all, unshared
 from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.moments import centroid_dtype
+from gpuclust.cluster.parameters import check_parameters, seed_of
 from gpuclust.cluster.portable import from_host, has_moved, is_here, to_host
 from gpuclust.cluster.predict import dist2_to_all, nearest
 from gpuclust.cluster.relief import relief
 from gpuclust.cluster.scikit import ScikitLearn
 from gpuclust.cluster.sources.arrays import read_array
 from gpuclust.cluster.sources.base import ChunkSource, TensorSource
-from gpuclust.cluster.sources.inputs import Rows, is_real, is_whole, read_rows, read_weights
+from gpuclust.cluster.sources.inputs import Rows, read_rows, read_weights
 from gpuclust.cluster.sums import total
-from gpuclust.config import BACKENDS, PRECISIONS, SOLVERS
-from gpuclust.errors import InputError, UnavailableError
-
-# Beginnings that have a name.
-INITS = ("k-means++", "k-means||", "random")
+from gpuclust.errors import InputError
 
 
 class KMeans(ScikitLearn):
@@ -56,7 +53,8 @@ class KMeans(ScikitLearn):
     verbose : int
         Above 0, lines are printed on the choice of the solver, on each iteration and the end of each restart, in
         scikit-learn's words with the number of the restart. It waits for the device in each iteration.
-    random_state : int, numpy.random.RandomState or None
+    random_state : int, numpy.random.RandomState, numpy.random.Generator or None
+        None draws from NumPy's global state, as scikit-learn does; a state or generator is drawn from in each fit.
     copy_x : bool
         Without effect: X is never written.
     algorithm : {"lloyd", "elkan", "hartigan-wong"}
@@ -186,9 +184,9 @@ class KMeans(ScikitLearn):
     def _fit(self, X: Any, sample_weight: Any) -> Self:
         X, group = unshared(X)
         with in_all(group):
-            self._check_parameters()
+            check_parameters(self)
             rows = self._read(X, reset=True)
-            own_seed = _seed(self.random_state)
+            own_seed = seed_of(self.random_state)
         k = int(self.n_clusters)
         told = group.gather((rows.source.shape[0], own_seed))
         n, seed = sum(count for count, _ in told), told[0][1]
@@ -330,34 +328,6 @@ class KMeans(ScikitLearn):
             vars(self).update(before)
             raise
 
-    def _check_parameters(self) -> None:
-        name = type(self).__name__
-        for parameter, right, allowed in (
-            ("n_clusters", is_whole(self.n_clusters, 1), "an int in the range [1, inf)"),
-            ("n_init", self.n_init == "auto" or is_whole(self.n_init, 1), "'auto' or an int in the range [1, inf)"),
-            ("max_iter", is_whole(self.max_iter, 1), "an int in the range [1, inf)"),
-            ("tol", is_real(self.tol, 0), "a float in the range [0.0, inf)"),
-            ("algorithm", self.algorithm in ("lloyd", "elkan", "hartigan-wong"), "'lloyd', 'elkan' or 'hartigan-wong'"),
-            ("metric", self.metric in ("euclidean", "cosine"), "'euclidean' or 'cosine'"),
-            ("precision", self.precision in PRECISIONS, " or ".join(map(repr, PRECISIONS))),
-            ("solver", self.solver in SOLVERS, " or ".join(map(repr, SOLVERS))),
-            ("backend", self.backend in BACKENDS, "one of " + ", ".join(map(repr, BACKENDS))),
-            (
-                "memory_limit",
-                self.memory_limit is None or is_whole(self.memory_limit, 1),
-                "None or an int in the range [1, inf)",
-            ),
-        ):
-            if not right:
-                value = getattr(self, parameter)
-                raise InputError(f"The {parameter!r} parameter of {name} must be {allowed}. Got {value!r} instead.")
-        for parameter, other in (("solver", "dual"), ("algorithm", "hartigan-wong"), ("backend", "cuml")):
-            if self.metric == "cosine" and getattr(self, parameter) == other:
-                raise UnavailableError(
-                    f"metric='cosine' and {parameter}={other!r} do not go together: {other} knows Euclidean distances "
-                    f"alone; leave {parameter!r} at its default"
-                )
-
     def _read(self, X: Any, *, reset: bool) -> Rows:
         if hasattr(X, "columns") or hasattr(self, "feature_names_in_"):
             from sklearn.utils.validation import _check_feature_names
@@ -416,11 +386,6 @@ class KMeans(ScikitLearn):
     def _starts(self, X: Any, rows: Rows, seed: int, group: Group) -> tuple[str | list[torch.Tensor], int]:
         """What the restarts begin with, and how many there are."""
         named, source = isinstance(self.init, str), rows.source
-        if named and self.init not in INITS:
-            raise InputError(
-                f"The 'init' parameter of {type(self).__name__} must be {', '.join(map(repr, INITS))}, a callable "
-                f"or an array. Got {self.init!r} instead."
-            )
         once = self.init != "random" if named else not callable(self.init)
         n_init = (1 if once else 10) if self.n_init == "auto" else int(self.n_init)
         if named:
@@ -458,18 +423,3 @@ class KMeans(ScikitLearn):
             return values
         require_directions(given, what="The initial centers contain one of zeros: number")
         return unit_rows(given.to(source.device), values.dtype)
-
-
-def _seed(random_state: Any) -> int:
-    if random_state is None:
-        random_state = np.random.mtrand._rand
-    if isinstance(random_state, np.random.Generator):
-        return int(random_state.integers(np.iinfo(np.int32).max))
-    if isinstance(random_state, np.random.RandomState):
-        return int(random_state.randint(np.iinfo(np.int32).max))
-    if is_whole(random_state, 0):
-        return int(random_state)
-    raise InputError(
-        "The 'random_state' parameter of KMeans must be an int of at least 0, a numpy.random.RandomState or None. "
-        f"Got {random_state!r} instead."
-    )

@@ -113,5 +113,6 @@ def largest_per_column(x: torch.Tensor, start: int = 0) -> torch.Tensor:
 def _refuse(x: torch.Tensor, start: int) -> None:
     row, column = (int(index) for index in (~x.isfinite()).nonzero()[0])
     value = x[row, column].item()
-    what = "NaN" if math.isnan(value) else "infinity or a value too large"
-    raise InputError(f"Input X contains {what}: {value} in row {start + row}, column {column} (counted from 0)")
+    kind = str(x.dtype).removeprefix("torch.")
+    what = "NaN" if math.isnan(value) else f"infinity or a value too large for dtype({kind!r})"
+    raise InputError(f"Input X contains {what}. It is {value} in row {start + row}, column {column} (counted from 0)")
