@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cases_run as cases
 import numpy as np
@@ -220,6 +222,7 @@ REFUSED = [
     (["layers", *MODEL, "--input", "16"], "--input is CxHxW"),
     (["layers", *MODEL, "--input", "7x16x16"], "does not take an image of 7x16x16"),
     (["cluster", "gone.npy", "--clusters", "2"], "there is no file 'gone.npy'"),
+    (["cluster", "X.npy", "--clusters", "2", "--tol", "small"], "--tol"),
 ]
 
 
@@ -297,12 +300,64 @@ def test_cluster_writes_the_labels_of_a_file(here: Path, capsys: pytest.CaptureF
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, expected.labels_)
     assert f"inertia {expected.inertia_:.10g}" in shown
-    assert shown.endswith("rows: in a mapped file\nlabels: X.labels.npy\n")
+    told = r"  solver primal\nplan: primal: .*; no dual: .*\nrows: in a mapped file\nlabels: X.labels.npy\n$"
+    assert re.search(told, shown)
     assert run_command(["cluster", "X.npy", "--clusters", "4"]) == 2
     assert "is there already: --force overwrites it" in capsys.readouterr().err
     capsys.readouterr()
     assert run_command(["cluster", "X.npy", "--clusters", "4", "--force", "--memory-limit", "4kB"]) == 0
     assert "rows: streamed from a mapped file: 6 kB, and there is room for 3 kB\n" in capsys.readouterr().out
+
+
+def test_clusters_options_reach_kmeans(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.rand(300, 5, generator=torch.Generator().manual_seed(0)).numpy()
+    np.save("X.npy", x)
+    given: list[dict[str, Any]] = [
+        {"init": "random"},
+        {"init": "k-means||", "tol": 0.1},
+        {"algorithm": "hartigan-wong", "max_iter": 3},
+        {"metric": "cosine", "n_init": 2},
+    ]
+    inertias = set()
+    for options in given:
+        words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        assert run_command(["cluster", "X.npy", "--clusters", "9", "--force", *words]) == 0
+        shown = capsys.readouterr().out
+        expected = gpuclust.KMeans(9, **{"n_init": 10, "random_state": 0, **options}).fit(x)
+        np.testing.assert_array_equal(np.load("X.labels.npy"), expected.labels_)
+        assert f"inertia {expected.inertia_:.10g}  iterations {expected.n_iter_}  " in shown
+        assert ("moves" in shown) == ("algorithm" in options)
+        assert "algorithm" not in options or f"  moves {expected.fit_report_.moves}  " in shown
+        inertias.add(expected.inertia_)
+    assert len(inertias) == len(given)
+
+
+def test_cluster_tells_what_a_reader_should_know(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpuclust.cluster import moments
+
+    np.save("X.npy", torch.rand(300, 5, generator=torch.Generator().manual_seed(0)).numpy())
+    plain, calls = moments.reference_dist2, []
+
+    def fails_once(*given: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return plain(*given)
+
+    monkeypatch.setattr(moments, "reference_dist2", fails_once)
+    assert run_command(["cluster", "X.npy", "--clusters", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\nnote: memory ran out once.*\nlabels: X.labels.npy\n$", shown)
+
+
+def test_the_seed_of_a_file_of_rows_has_nothing_to_do_with_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["cluster", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "images" not in shown
+    for option in ("--init", "--n-init", "--tol", "--algorithm", "--metric", "--seed"):
+        assert option in shown
 
 
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:

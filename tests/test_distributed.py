@@ -220,7 +220,7 @@ def test_an_error_of_one_process_is_an_error_of_all(answers: list[dict[str, Any]
         ("three dimensions", "InputError", "process 1 of 2: Expected 2D array"),
         ("sparse", "TypeError", "process 1 of 2: Sparse data"),
         ("too many clusters", "InputError", f"n_samples={N} should be >= n_clusters={N + 1}"),
-        ("parameter", "InputError", "process 1 of 2: The 'n_clusters' parameter"),
+        ("parameter", "ParameterError", "process 1 of 2: The 'n_clusters' parameter"),
         ("clusters", "InputError", "need the same n_clusters; got 3 in process 0, 4 in process 1"),
         ("width", "InputError", "need the same features; got 6 in process 0, 5 in process 1"),
         ("dtype", "InputError", "need the same dtype; got torch.float32 in process 0, torch.float64 in process 1"),
