@@ -190,7 +190,10 @@ def test_scaled_weights_scale_the_inertia_alone() -> None:
 def test_the_fit_says_what_ran_and_what_did_not() -> None:
     found = fit(rows("near ties", 300, 4))
     assert (found.backend, found.solver, found.precision) == ("torch", "primal", "exact")
-    assert set(found.rejected) == {"cupy", "triton"}
+    assert set(found.rejected) == {"cupy", "triton", "cuml"}
+    assert found.rejected["cuml"] == "auto never takes it: its labels are not exact"
+    asked = fit(rows("noise", 30, 2), backend="torch")
+    assert asked.rejected == dict.fromkeys(("cupy", "triton", "cuml"), "backend='torch' was asked for")
     assert 0 < found.recheck_share <= 1
     assert set(found.times) == {"moments_s", "seed_s", "iterate_s", "select_s"}
     assert min(found.times.values()) >= 0

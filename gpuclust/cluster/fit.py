@@ -59,7 +59,7 @@ class Fit:
     backend, solver, precision : str
         What ran; all three name a backend that runs a whole fit in its own way, as cuml does.
     rejected : dict
-        Backends passed over, with the reason of each.
+        Every other backend, with the reason why it did not run.
     recheck_share : float
         Share of all assignments, over all restarts and iterations, that the reference distance decided.
     times : dict

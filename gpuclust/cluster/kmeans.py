@@ -73,10 +73,14 @@ class KMeans(ScikitLearn):
         X on the device and 8 bytes per pair of rows. "auto" takes what `gpuclust.cluster.solver` predicts to be faster.
         It never changes the result.
     backend : {"auto", "cupy", "triton", "torch", "cuml"}
-        "cuml": the fit is that of RAPIDS' cuML, with its own convergence and rounding; labels are then not exact, and
-        ``fit_report_.notes`` says what differs. "auto" never takes it.
+        What computes; the first three give the same labels. "torch": tensor operations on any device. "triton" and
+        "cupy": kernels for NVIDIA GPUs of compute capability 8.0 and up. "cuml": the fit is that of RAPIDS' cuML, with
+        its own convergence and rounding; labels are then not exact, and ``fit_report_.notes`` says what differs.
+        "auto": triton where it can run and its labels and sums are torch's on that device, else torch; never cuml.
+        ``fit_report_.rejected`` has the reason for each that did not run.
     device : str, torch.device or None
-        Where to compute; where X is by default.
+        Where to compute: "cpu", "cuda", "cuda:INDEX", or "auto" for the CUDA device if there is one; None for where X
+        is. Results are on X's device in any case.
     memory_limit : int or None
         Bytes for a copy of X on the device and for what grows with clusters, features and restarts; beside it a fit
         holds some 60 bytes per row. X of which a copy would take more than three quarters of it (or of what is free)
@@ -166,13 +170,24 @@ class KMeans(ScikitLearn):
         self.memory_limit = memory_limit
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
-        """Find the clusters of the rows of ``X`` (n, d); ``sample_weight`` (n,) are weights of at least 0.
+        """Find the clusters of the rows of ``X`` (n, d).
+
+        Parameters
+        ----------
+        X : (n, d)
+            See the notes of the class.
+        y : ignored
+        sample_weight : (n,) or a number, optional
+            Of each row, at least 0 and not all 0, of any unit: what the row counts for in centroids and inertia, and
+            how likely it is drawn where restarts begin. Rows of weight 0 get labels alone. All are 1 by default.
 
         Raises
         ------
+        ParameterError (a ValueError and a TypeError)
+            For a parameter out of range, which is named.
         InputError (a ValueError)
-            For parameters out of range, NaN or infinity in X (the first is named), more clusters than rows, negative or
-            all-zero weights, ``init`` of another shape.
+            For NaN or infinity in X (the first is named), X that changes meanwhile, more clusters than rows, weights
+            that are negative, all 0, of another length or no numbers, ``init`` of another shape.
         TypeError
             For sparse X.
         UnavailableError (a ValueError)
@@ -239,7 +254,19 @@ class KMeans(ScikitLearn):
         return self
 
     def predict(self, X: Any) -> Any:
-        """The nearest centroid of each row of ``X`` (n, d): int32 (n,)."""
+        """The nearest centroid of each row of ``X`` (n, d), of X's kind and on its device: int32 (n,).
+
+        Raises
+        ------
+        NotFittedError (a ValueError)
+            Before `fit`.
+        InputError (a ValueError)
+            For X of another width, NaN or infinity in X (the first is named).
+        TypeError
+            For sparse X.
+        UnavailableError (a ValueError)
+            For a backend or device that cannot run here.
+        """
         rows, centroids = self._known(unshared(X)[0])
         source = self._measured(rows)
         backend, limit = self._backend(source), rows.left_of(self.memory_limit)
@@ -247,13 +274,24 @@ class KMeans(ScikitLearn):
             return rows.back(room.run(lambda: nearest(source, centroids, backend, self.precision, limit)))
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
-        """``fit(X)``, then its labels: int32 (n,)."""
+        """``fit(X, sample_weight=sample_weight)``, then its labels: int32 (n,). It raises what `fit` does."""
         return self.fit(X, sample_weight=sample_weight).labels_
 
     def transform(self, X: Any) -> Any:
         """Distances of the rows of ``X`` (n, d) to the centroids, in their type: (n, n_clusters).
 
-        For ``metric="cosine"`` it is 1 - cos.
+        For ``metric="cosine"`` it is 1 - cos. `set_output` makes it a table where X is no tensor.
+
+        Raises
+        ------
+        NotFittedError (a ValueError)
+            Before `fit`.
+        InputError (a ValueError)
+            For X of another width, NaN or infinity in X (the first is named).
+        TypeError
+            For sparse X.
+        UnavailableError (a ValueError)
+            For a backend or device that cannot run here.
         """
         X = unshared(X)[0]
         rows, centroids = self._known(X)
@@ -271,11 +309,32 @@ class KMeans(ScikitLearn):
         return self._in_container(rows.back(out), X)
 
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
-        """``fit(X)``, then ``transform(X)``: (n, n_clusters)."""
+        """``fit(X, sample_weight=sample_weight)``, then ``transform(X)``: (n, n_clusters). It raises what both do."""
         return self.fit(X, sample_weight=sample_weight).transform(X)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Minus the inertia of ``X`` (n, d) with these centroids."""
+        """Minus the inertia of ``X`` (n, d) with these centroids.
+
+        Parameters
+        ----------
+        X : (n, d)
+        y : ignored
+        sample_weight : (n,) or a number, optional
+            What the squared distance of each row (1 - cos for ``metric="cosine"``) counts for: at least 0 and not all
+            0. All are 1 by default.
+
+        Raises
+        ------
+        NotFittedError (a ValueError)
+            Before `fit`.
+        InputError (a ValueError)
+            For X of another width, NaN or infinity in X (the first is named),
+            or weights that `fit` would refuse.
+        TypeError
+            For sparse X.
+        UnavailableError (a ValueError)
+            For a backend or device that cannot run here.
+        """
         X, group = unshared(X)
         with in_all(group):
             rows, centroids = self._known(X)
