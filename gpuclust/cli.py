@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gpuclust import __version__
-from gpuclust.config import BACKENDS, DEVICES, DTYPES, PRECISIONS, SOLVERS, parse_bytes
+from gpuclust.config import ALGORITHMS, BACKENDS, DEVICES, DTYPES, INITS, METRICS, PRECISIONS, SOLVERS, parse_bytes
 from gpuclust.errors import GpuclustError, InputError
 
 if TYPE_CHECKING:
@@ -235,9 +235,20 @@ def cluster(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where the labels go (int32 .npy); X.labels.npy by default.")
     ] = None,
+    init: Annotated[
+        str,
+        typer.Option(metavar="NAME", help=f"Where restarts begin: {', '.join(INITS)} (k-means|| for many clusters)."),
+    ] = "k-means++",
     n_init: NInit = 10,
     max_iter: MaxIter = 300,
-    seed: Seed = 0,
+    tol: Annotated[
+        float, typer.Option(metavar="X", help="Movement of the centroids that ends a restart, by the variance.")
+    ] = 1e-4,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of where the restarts begin.")] = 0,
+    algorithm: Annotated[
+        str, typer.Option(metavar="|".join(ALGORITHMS), help="hartigan-wong goes on with moves of single rows.")
+    ] = "lloyd",
+    metric: Annotated[str, typer.Option(metavar="|".join(METRICS), help="cosine compares directions.")] = "euclidean",
     device: Device = "auto",
     backend: Backend = "auto",
     solver: Solver = "auto",
@@ -254,9 +265,13 @@ def cluster(
         target,
         clusters,
         force=force,
+        init=init,
         n_init=n_init,
         max_iter=max_iter,
+        tol=tol,
         random_state=seed,
+        algorithm=algorithm,
+        metric=metric,
         device=device,
         backend=backend,
         solver=solver,
@@ -264,10 +279,17 @@ def cluster(
         memory_limit=parse_bytes(memory_limit) if memory_limit else None,
     )
     n, d = len(fit.labels), fit.centroids.shape[1]
+    moves = f"  moves {fit.moves}" if algorithm == "hartigan-wong" else ""
     typer.echo(
-        f"n {n}  d {d}  k {clusters}  inertia {fit.inertia:.10g}  iterations {fit.n_iter}  seconds {seconds:.3f}  "
-        f"re-checked {fit.recheck_share:.4%}  backend {fit.backend}\nrows: {fit.rows}\nlabels: {target}"
+        f"n {n}  d {d}  k {clusters}  inertia {fit.inertia:.10g}  iterations {fit.n_iter}{moves}  "
+        f"seconds {seconds:.3f}  re-checked {fit.recheck_share:.4%}  backend {fit.backend}  solver {fit.solver}"
     )
+    if fit.plan:
+        typer.echo(f"plan: {fit.plan}")
+    typer.echo(f"rows: {fit.rows}")
+    for note in fit.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"labels: {target}")
 
 
 @app.command()

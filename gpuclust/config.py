@@ -16,6 +16,9 @@ from gpuclust.errors import InputError
 
 DEVICES = "auto, cpu, cuda or cuda:INDEX"
 DTYPES = ("float32", "float16", "bfloat16")
+INITS = ("k-means++", "k-means||", "random")
+ALGORITHMS = ("lloyd", "elkan", "hartigan-wong")
+METRICS = ("euclidean", "cosine")
 BACKENDS = ("auto", "cupy", "triton", "cuml", "torch")
 SOLVERS = ("auto", "primal", "dual")
 PRECISIONS = ("exact", "fast")

@@ -19,6 +19,10 @@ class InputError(GpuclustError, ValueError):
     """Arguments or input that cannot be used as given; the command line answers exit code 2."""
 
 
+class ParameterError(InputError, TypeError):
+    """A parameter of an estimator that cannot be used as given; a TypeError, too, as scikit-learn's is."""
+
+
 class UnavailableError(InputError):
     """Something asked for by name cannot run on this machine: a backend, a device, weights behind a network."""
 

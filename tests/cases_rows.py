@@ -1,4 +1,4 @@
-"""Rows as they are streamed: chunks that come anew, mapped files, and fits that must be the same."""
+"""Rows as they are streamed: chunks that come anew, mapped files, and fits that must be the same; rows that change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpuclust import KMeans
 from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.memory import Needs, primal_needs
 from gpuclust.cluster.sources.arrays import row_dtype
-from gpuclust.cluster.sources.base import stage_bytes
+from gpuclust.cluster.sources.base import TensorSource, stage_bytes
 
 
 class Again:
@@ -72,3 +72,28 @@ def same(model: KMeans, other: KMeans) -> None:
     for name in ("labels_", "cluster_centers_"):
         np.testing.assert_array_equal(np.asarray(getattr(model, name)), np.asarray(getattr(other, name)))
     assert (model.inertia_, model.n_iter_) == (other.inertia_, other.n_iter_)
+
+
+class Changing(TensorSource):
+    """Rows that another process writes to: ``change`` is called before they are handed out for the time ``at``."""
+
+    def __init__(self, x: torch.Tensor, at: int, change: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__(x)
+        self.times, self._at, self._change = 0, at, change
+
+    def _handed_out(self) -> None:
+        self.times += 1
+        if self.times == self._at:
+            self._change(self.x)
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+        self._handed_out()
+        yield from super().chunks(rows)
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        self._handed_out()
+        return super().take(index)
+
+
+def reorder(x: torch.Tensor) -> None:
+    x.copy_(x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))])

@@ -15,6 +15,7 @@ import pandas
 import pytest
 import torch
 from cases_cluster import mislabelled, rows
+from cases_rows import tight
 
 from gpuclust import KMeans
 from gpuclust.arithmetic import full_precision, subnormals
@@ -283,10 +284,15 @@ def same_under_another_device(parameters: dict[str, Any], x: Any, weights: Any =
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("limit", [None, 4000], ids=["", "streamed"])
-def test_the_default_device_does_not_reach_rows_of_any_kind(kind: str, limit: int | None, tmp_path: Path) -> None:
-    x = KINDS[kind](rows("near ties", 160, 6, torch.float64).numpy(), tmp_path / "x.npy")
-    same_under_another_device({"memory_limit": limit}, x)
+@pytest.mark.parametrize("limited", [False, True], ids=["", "streamed"])
+def test_the_default_device_does_not_reach_rows_of_any_kind(
+    kind: str, limited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "700")
+    plain = rows("near ties", 160, 6, torch.float64).numpy()
+    same_under_another_device(
+        {"memory_limit": tight(plain, 3) if limited else None}, KINDS[kind](plain, tmp_path / "x.npy")
+    )
 
 
 @pytest.mark.parametrize(

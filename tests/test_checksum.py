@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpuclust.cluster.sources.checksum import Checksum, Unchanged
+from gpuclust.cluster.sources.base import TensorSource
+from gpuclust.cluster.sources.checksum import Checksum, Sample, Unchanged
 from gpuclust.errors import InputError
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -78,6 +79,34 @@ def test_a_later_pass_must_find_what_the_first_found() -> None:
     sums.add(0, torch.zeros(4, 3))
     with pytest.raises(InputError, match="X changed between two passes"):
         unchanged.compare(sums)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (17, 3), (5000, 3), (40, 20_000)])
+def test_a_sample_has_whole_rows_from_all_over(n: int, d: int, dtype: torch.dtype) -> None:
+    x = torch.randn(n, d).to(dtype)
+    sample = Sample(TensorSource(x))
+    seen = []
+    for row in sorted({*range(0, n, max(1, n // 97)), n - 1}):
+        kept = x[row, -1].clone()
+        x[row, -1] = -kept
+        try:
+            sample.require_unchanged()
+        except InputError:
+            seen.append(row)
+        x[row, -1] = kept
+    sample.require_unchanged()
+    assert len(seen) >= min(n, 16) // 2
+    assert n < 17 or (min(seen) < n // 10 and max(seen) > n * 9 // 10)
+
+
+def test_a_sample_takes_no_number_for_itself_and_leaves_streamed_rows_alone() -> None:
+    x = torch.full((5, 2), float("nan"))
+    Sample(TensorSource(x)).require_unchanged()
+    source = TensorSource(x)
+    source.resident = False
+    source.take = None  # type: ignore[assignment]
+    Sample(source).require_unchanged()
 
 
 @pytest.mark.gpu

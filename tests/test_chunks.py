@@ -83,7 +83,7 @@ def test_what_can_be_read_once_is_refused() -> None:
         (Again([[[1.0, 2.0]]]), r"gives a list that is no array: what is iterated over gives chunks"),
         (Again([np.ones(3)]), r"gives a ndarray of shape \(3,\): what is iterated over gives chunks"),
         ([np.eye(3) * 1j], "Complex data not supported"),
-        ([np.eye(3), np.full((2, 3), np.nan)], "NaN: nan in row 3, column 0"),
+        ([np.eye(3), np.full((2, 3), np.nan)], r"NaN\. It is nan in row 3, column 0"),
         ([np.array([["a", "b"]])], "must hold numbers"),
     ],
     ids=range(12),

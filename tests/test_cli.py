@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cases_run as cases
 import numpy as np
 import pandas
 import pytest
 import torch
+from cases_rows import tight
 
 import gpuclust
 from gpuclust.cli import run_command
@@ -220,6 +223,7 @@ REFUSED = [
     (["layers", *MODEL, "--input", "16"], "--input is CxHxW"),
     (["layers", *MODEL, "--input", "7x16x16"], "does not take an image of 7x16x16"),
     (["cluster", "gone.npy", "--clusters", "2"], "there is no file 'gone.npy'"),
+    (["cluster", "X.npy", "--clusters", "2", "--tol", "small"], "--tol"),
 ]
 
 
@@ -287,7 +291,9 @@ def test_plan_prints_the_bytes_and_reads_no_more(data: Path, here: Path, capsys:
     assert list(here.iterdir()) == []
 
 
-def test_cluster_writes_the_labels_of_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cluster_writes_the_labels_of_a_file(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.randn(300, 5, generator=torch.Generator().manual_seed(0)).numpy()
     np.save("X.npy", x)
     assert run_command(["cluster", "X.npy", "--clusters", "4", "--n-init", "3", "--seed", "7"]) == 0
@@ -297,12 +303,17 @@ def test_cluster_writes_the_labels_of_a_file(here: Path, capsys: pytest.CaptureF
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, expected.labels_)
     assert f"inertia {expected.inertia_:.10g}" in shown
-    assert shown.endswith("rows: in a mapped file\nlabels: X.labels.npy\n")
+    told = r"  solver primal\nplan: primal: .*; no dual: .*\nrows: in a mapped file\nlabels: X.labels.npy\n$"
+    assert re.search(told, shown)
     assert run_command(["cluster", "X.npy", "--clusters", "4"]) == 2
     assert "is there already: --force overwrites it" in capsys.readouterr().err
     capsys.readouterr()
-    assert run_command(["cluster", "X.npy", "--clusters", "4", "--force", "--memory-limit", "4kB"]) == 0
-    assert "rows: streamed from a mapped file: 6 kB, and there is room for 3 kB\n" in capsys.readouterr().out
+    assert run_command(["cluster", "X.npy", "--clusters", "4", "--force", "--memory-limit", "1MB"]) == 2
+    assert "memory_limit leaves 1 MB beside X, and this fit takes at least" in capsys.readouterr().err
+    monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "700")
+    limit = str(tight(x, 4))
+    assert run_command(["cluster", "X.npy", "--clusters", "4", "--force", "--memory-limit", limit]) == 0
+    assert "rows: streamed from a mapped file: 6 kB, and there is room for 1.4 kB\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("device", ["meta", "ipu", "tpu", "cuda:99"])
@@ -317,6 +328,57 @@ def test_cluster_and_bench_refuse_a_device_in_one_line(
         assert err.startswith("gpuclust: ")
         assert err.count("\n") == 1
     assert [file.name for file in here.iterdir()] == ["X.npy"]
+
+
+def test_clusters_options_reach_kmeans(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.rand(300, 5, generator=torch.Generator().manual_seed(0)).numpy()
+    np.save("X.npy", x)
+    given: list[dict[str, Any]] = [
+        {"init": "random"},
+        {"init": "k-means||", "tol": 0.1},
+        {"algorithm": "hartigan-wong", "max_iter": 3},
+        {"metric": "cosine", "n_init": 2},
+    ]
+    inertias = set()
+    for options in given:
+        words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        assert run_command(["cluster", "X.npy", "--clusters", "9", "--force", *words]) == 0
+        shown = capsys.readouterr().out
+        expected = gpuclust.KMeans(9, **{"n_init": 10, "random_state": 0, **options}).fit(x)
+        np.testing.assert_array_equal(np.load("X.labels.npy"), expected.labels_)
+        assert f"inertia {expected.inertia_:.10g}  iterations {expected.n_iter_}  " in shown
+        assert ("moves" in shown) == ("algorithm" in options)
+        assert "algorithm" not in options or f"  moves {expected.fit_report_.moves}  " in shown
+        inertias.add(expected.inertia_)
+    assert len(inertias) == len(given)
+
+
+def test_cluster_tells_what_a_reader_should_know(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpuclust.cluster import moments
+
+    np.save("X.npy", torch.rand(300, 5, generator=torch.Generator().manual_seed(0)).numpy())
+    plain, calls = moments.reference_dist2, []
+
+    def fails_once(*given: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return plain(*given)
+
+    monkeypatch.setattr(moments, "reference_dist2", fails_once)
+    assert run_command(["cluster", "X.npy", "--clusters", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\nnote: memory ran out once.*\nlabels: X.labels.npy\n$", shown)
+
+
+def test_the_seed_of_a_file_of_rows_has_nothing_to_do_with_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["cluster", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "images" not in shown
+    for option in ("--init", "--n-init", "--tol", "--algorithm", "--metric", "--seed"):
+        assert option in shown
 
 
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:

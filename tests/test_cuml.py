@@ -109,7 +109,7 @@ def test_its_result_becomes_a_fit_that_says_whose_it_is(
     report = model.fit_report_
     assert (report.backend, report.solver, report.precision, report.notes) == ("cuml", "cuml", "cuml", CAVEATS)
     assert any("tol itself" in note for note in report.notes)
-    assert report.rejected == {}
+    assert report.rejected == dict.fromkeys(("cupy", "triton", "torch"), "backend='cuml' was asked for")
     assert report.rows == "in memory"
     assert set(report.times) == {"iterate_s"}
     assert type(model.labels_) is type(given)
@@ -213,7 +213,7 @@ def test_without_cuml_or_cuda_it_says_why(monkeypatch: pytest.MonkeyPatch) -> No
 def test_auto_never_takes_it(cuml: list[dict[str, Any]]) -> None:
     backend, rejected = choose("auto", problem(device=torch.device("cpu")))
     assert backend.name != "cuml"
-    assert "cuml" not in rejected
+    assert rejected["cuml"] == "auto never takes it: its labels are not exact"
     KMeans(3, random_state=0).fit(rows("noise", 30, 2))
     assert not cuml
 

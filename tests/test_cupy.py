@@ -501,6 +501,23 @@ def test_every_row_is_left_open_where_one_score_is_no_number(device: torch.devic
         assert mislabelled(labels[0], x, x[:4]) == 0
 
 
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("spoiled", [math.nan, math.inf, -math.inf])
+def test_labels_are_in_range_whatever_became_of_the_rows(
+    spoiled: float, precision: str, device: torch.device, make: Make
+) -> None:
+    for d, shared_bytes in WAYS:
+        x = rows("blobs", 50, d).to(device)
+        moments = Moments.of(TensorSource(x))
+        centroids = x[None, :4].clone()
+        x[7, 0], x[9] = spoiled, spoiled
+        backend = make(shared_bytes)
+        labels = torch.full((1, 50), -1, dtype=torch.int32, device=device)
+        operand = backend.prepare(moments.frame, centroids, x.dtype)
+        backend.assign(x, moments.frame.norms(moments.dist2), operand, labels, precision)
+        assert ((labels >= 0) & (labels < 4)).all()
+
+
 def test_fast_takes_the_least_score(device: torch.device, make: Make) -> None:
     for d, shared_bytes in ((30, None), (30, TOO_LITTLE), (1100, LITTLE)):
         x = rows("blobs", 200, d).to(device)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cases_cluster import blobs, rows
+from cases_rows import Changing, reorder
 
 from gpuclust.cluster import KMeans, shared
 from gpuclust.cluster.distributed import Block, Group, OneProcess, TorchGroup
@@ -129,6 +130,10 @@ def _refusals(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
     zeros = x.clone()
     zeros[220] = 0
     ones = np.ones(len(part(x)))
+
+    def changing(at: int, change: Callable[[torch.Tensor], Any]) -> Changing:
+        return Changing(part(x).clone(), at if last else 0, change)
+
     attempts: dict[str, Callable[[], Any]] = {
         "NaN": lambda: KMeans(3).fit(shared(part(bad), group)),
         "no rows": lambda: KMeans(3).fit(shared(x[:0] if last else x, group)),
@@ -147,6 +152,8 @@ def _refusals(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
         "too large": lambda: KMeans(3).fit(shared(part(x.double() * (1e160 if last else 1)), group)),
         "zeros": lambda: KMeans(3, metric="cosine").fit(shared(part(zeros), group)),
         "metric": lambda: KMeans(3, metric="cosine" if last else "euclidean", random_state=0).fit(shared(x, group)),
+        "changed": lambda: KMeans(3, random_state=0).fit(shared(changing(7, lambda x: x[1:2].add_(1)), group)),
+        "another order": lambda: KMeans(3, random_state=0).fit(shared(changing(5, reorder), group)),
         "score": lambda: KMeans(3).fit(x).score(shared(bad if last else x, group)),
     }
     found = {}
@@ -214,12 +221,12 @@ def test_an_error_of_one_process_is_an_error_of_all(answers: list[dict[str, Any]
     one, two = (answer["refusals"] for answer in answers[:2])
     assert one == two
     for name, kind, words in (
-        ("NaN", "InputError", "process 1 of 2: Input X contains NaN: nan in row 200, column 4"),
+        ("NaN", "InputError", "process 1 of 2: Input X contains NaN. It is nan in row 200, column 4"),
         ("no rows", "InputError", "process 1 of 2: Found array with 0 sample"),
         ("three dimensions", "InputError", "process 1 of 2: Expected 2D array"),
         ("sparse", "TypeError", "process 1 of 2: Sparse data"),
         ("too many clusters", "InputError", f"n_samples={N} should be >= n_clusters={N + 1}"),
-        ("parameter", "InputError", "process 1 of 2: The 'n_clusters' parameter"),
+        ("parameter", "ParameterError", "process 1 of 2: The 'n_clusters' parameter"),
         ("clusters", "InputError", "need the same n_clusters; got 3 in process 0, 4 in process 1"),
         ("width", "InputError", "need the same features; got 6 in process 0, 5 in process 1"),
         ("dtype", "InputError", "need the same dtype; got torch.float32 in process 0, torch.float64 in process 1"),
@@ -231,7 +238,9 @@ def test_an_error_of_one_process_is_an_error_of_all(answers: list[dict[str, Any]
         ("too large", "InputError", "too large"),
         ("zeros", "InputError", "process 1 of 2: Input X contains a row of zeros: row 220 "),
         ("metric", "InputError", "need the same metric; got 'euclidean' in process 0, 'cosine' in process 1"),
-        ("score", "InputError", "process 1 of 2: Input X contains NaN: nan in row 200, column 4"),
+        ("changed", "InputError", "X changed between two passes"),
+        ("another order", "InputError", "process 1 of 2: X changed between two passes"),
+        ("score", "InputError", "process 1 of 2: Input X contains NaN. It is nan in row 200, column 4"),
     ):
         assert one.pop(name)[0] == kind, name
         assert words in two[name][1], (name, two[name])

@@ -329,7 +329,7 @@ def test_the_plan_is_one_line_with_both_solvers() -> None:
     assert found.plan == str(plan(problem(60, 9000, 12, 10)))
     assert found.plan.startswith("dual: ")
     assert "; primal: " in found.plan
-    assert len(lines) == 11
+    assert sum(line.startswith("restart ") for line in lines) == 10
     other = fit(x, 12, "primal", n_init=10)
     assert torch.equal(other.labels, found.labels)
 

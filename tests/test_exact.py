@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuclust.cluster import exact
+from gpuclust.cluster.backends.base import Candidates
 from gpuclust.cluster.backends.torch import TorchBackend
-from gpuclust.cluster.exact import Frame
+from gpuclust.cluster.exact import Frame, decide
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.predict import nearest
 from gpuclust.cluster.sources.base import TensorSource
@@ -243,6 +244,23 @@ def test_what_is_not_a_number_certifies_nothing_wrong(field: str, value: float, 
     checked = TorchBackend().assign(x, norms, operand, labels, "exact")
     assert mislabelled(labels[0], x, x[:4]) == 0
     assert checked == 50 or not all_possible
+
+
+@pytest.mark.parametrize("spoiled", [math.nan, math.inf, -math.inf])
+def test_labels_are_in_range_whatever_became_of_the_rows(spoiled: float) -> None:
+    x = rows("blobs", 50, 3)
+    moments = Moments.of(TensorSource(x))
+    operand = moments.frame.operand(x[None, :4], x.dtype)
+    x[7, 1], x[9] = spoiled, spoiled
+    labels = torch.full((1, 50), -1, dtype=torch.int32)
+    TorchBackend().assign(x, moments.frame.norms(moments.dist2), operand, labels, "exact")
+    assert ((labels >= 0) & (labels < 4)).all()
+    # As a pass would leave them that had other rows before its eyes: one candidate has a distance, one has none.
+    centroids = x[None, :4].clone()
+    centroids[0, 2] = spoiled
+    pairs = Candidates(torch.tensor([1, 1]), torch.tensor([0, 0]), torch.tensor([1, 2]))
+    decide(x, centroids, pairs, labels)
+    assert 0 <= int(labels[0, 1]) < 4
 
 
 def test_rows_too_small_for_their_norms_are_all_decided_by_the_reference() -> None:

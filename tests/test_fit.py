@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases_cluster import blobs, mislabelled, reference_dist2, rows
-from cases_rows import needs
+from cases_cluster import KINDS, blobs, mislabelled, reference_dist2, rows
+from cases_rows import Changing, needs, reorder
 
 from gpuclust.cluster import fit as fit_module
 from gpuclust.cluster.fit import Fit, fit_kmeans
@@ -17,6 +18,8 @@ from gpuclust.cluster.sources.base import ChunkSource, TensorSource
 from gpuclust.errors import InputError, UnavailableError
 
 SHAPES = [("relu", 1500, 24, torch.float32), ("offset", 900, 1500, torch.float16), ("noise", 1500, 10, torch.float64)]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+BEYOND_HALF = ("huge", "tiny", "subnormal")
 
 
 class Uneven:
@@ -90,19 +93,21 @@ def test_the_layout_of_the_rows_does_not_change_a_bit(layout: str) -> None:
     require_same(fit(x), fit(views[layout]()))
 
 
+def told_of_restarts(x: torch.Tensor, n_init: int, **options: Any) -> list[list[str]]:
+    """What a fit tells of each restart: its iterations, its end, its result."""
+    lines: list[str] = []
+    fit(x, n_init=n_init, tell=lines.append, **options)
+    return [[line for line in lines if re.search(rf"restart {i}\b", line)] for i in range(n_init)]
+
+
 def test_a_restart_is_the_same_alone_and_among_others() -> None:
     x = rows("noise", 800, 5)
     for init in ("k-means++", "random"):
-        lines: list[str] = []
-        fit(x, init=init, n_init=5, tell=lines.append)
-        lines = lines[1:]  # after the plan
+        lines = told_of_restarts(x, init=init, n_init=5)
+        assert min(map(len, lines)) > 3
         for count in (1, 2, 4):
-            few: list[str] = []
-            fit(x, init=init, n_init=count, tell=few.append)
-            assert few[1:] == lines[:count]
-        split: list[str] = []
-        fit(x, init=init, n_init=5, tell=split.append, memory_limit=needs(x, 6).least)
-        assert split[1:] == lines
+            assert told_of_restarts(x, init=init, n_init=count) == lines[:count]
+        assert told_of_restarts(x, init=init, n_init=5, memory_limit=needs(x, 6).least) == lines
 
 
 def test_given_restarts_are_the_same_alone_and_among_others() -> None:
@@ -132,10 +137,11 @@ def test_the_restart_of_least_inertia_wins(kind: str) -> None:
     x = rows(kind, 500, 4, torch.float64)
     lines: list[str] = []
     found = fit(x, 9, n_init=12, tell=lines.append, max_iter=300)
-    values = [float(line.rpartition(" ")[2]) for line in lines[1:]]
+    lines = [line for line in lines if line.startswith("restart")]
+    values = [float(line.rpartition(" ")[2]) for line in lines]
     assert len(set(values)) > 3
     assert found.inertia == pytest.approx(min(values), rel=1e-8)
-    assert found.n_iter == int(lines[1 + int(np.argmin(values))].split()[2])
+    assert found.n_iter == int(lines[int(np.argmin(values))].split()[2])
 
 
 def test_of_equal_solutions_the_first_is_returned() -> None:
@@ -185,7 +191,10 @@ def test_scaled_weights_scale_the_inertia_alone() -> None:
 def test_the_fit_says_what_ran_and_what_did_not() -> None:
     found = fit(rows("near ties", 300, 4))
     assert (found.backend, found.solver, found.precision) == ("torch", "primal", "exact")
-    assert set(found.rejected) == {"cupy", "triton"}
+    assert set(found.rejected) == {"cupy", "triton", "cuml"}
+    assert found.rejected["cuml"] == "auto never takes it: its labels are not exact"
+    asked = fit(rows("noise", 30, 2), backend="torch")
+    assert asked.rejected == dict.fromkeys(("cupy", "triton", "cuml"), "backend='torch' was asked for")
     assert 0 < found.recheck_share <= 1
     assert set(found.times) == {"moments_s", "seed_s", "iterate_s", "select_s"}
     assert min(found.times.values()) >= 0
@@ -204,8 +213,11 @@ def test_the_first_bad_value_is_named(value: float, dtype: torch.dtype, monkeypa
     x[400, 1] = float("nan")
     for name in ("sources.base", "moments"):
         monkeypatch.setattr(f"gpuclust.cluster.{name}.block_rows", lambda d, device: 50)
-    with pytest.raises(InputError, match=rf"{value} in row 321, column 4"):
+    kind = str(dtype).removeprefix("torch.")
+    what = "NaN" if np.isnan(value) else f"infinity or a value too large for dtype('{kind}')"
+    with pytest.raises(InputError) as told:
         fit(x)
+    assert str(told.value) == f"Input X contains {what}. It is {value} in row 321, column 4 (counted from 0)"
 
 
 def test_values_whose_squares_overflow_are_refused() -> None:
@@ -219,9 +231,9 @@ def test_the_budget_groups_the_restarts(monkeypatch: pytest.MonkeyPatch) -> None
     sizes: list[int] = []
     plain = fit_module.Lloyd.run
 
-    def run(self: Any, centroids: torch.Tensor) -> Any:
+    def run(self: Any, centroids: torch.Tensor, *others: Any) -> Any:
         sizes.append(len(centroids))
-        return plain(self, centroids)
+        return plain(self, centroids, *others)
 
     monkeypatch.setattr(fit_module.Lloyd, "run", run)
     x = rows("noise", 300, 5)
@@ -229,3 +241,79 @@ def test_the_budget_groups_the_restarts(monkeypatch: pytest.MonkeyPatch) -> None
     takes = needs(x, 6)
     fit(x, n_init=5, memory_limit=takes.fixed + takes.work + 5 * takes.restart // 2)
     assert sizes == [2, 2, 1]
+
+
+# ---- rows that change
+
+
+def one_value(value: float) -> Callable[[torch.Tensor], Any]:
+    return lambda x: x[len(x) // 2, :1].fill_(value)
+
+
+CHANGES = {
+    "NaN": one_value(float("nan")),
+    "infinity": one_value(float("inf")),
+    "NaN everywhere": lambda x: x.fill_(float("nan")),
+    "one value": one_value(3.0),
+    "a shift": lambda x: x.add_(1),
+    "another order": reorder,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("solver", "init", "algorithm"),
+    [("primal", "k-means++", "lloyd"), ("primal", "k-means||", "hartigan-wong"), ("dual", "random", "lloyd")],
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, where rows are infinite
+def test_rows_that_change_are_noticed(solver: str, init: str, algorithm: str, weighted: bool, change: str) -> None:
+    x = rows("blobs", 160, 20)
+    options = {"solver": solver, "init": init, "algorithm": algorithm, "weights": weights_for(x, weighted)}
+    source = Changing(x.clone(), 0, CHANGES[change])
+    fit(source, **options)
+    for at in (2, 3, 4, 6, source.times // 2, source.times - 1, source.times):
+        with pytest.raises(InputError, match=r"X changed between two passes|Input X contains"):
+            fit(Changing(x.clone(), at, CHANGES[change]), **options)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("solver", ["primal", "dual"])
+def test_sums_and_distances_notice_it_without_a_sample(
+    solver: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module.Sample, "require_unchanged", lambda self: None)
+    x = rows("blobs", 160, 20)
+    options = {"solver": solver, "init": [x[:6].clone()], "n_init": 1, "tol": 0.0}
+    source = Changing(x.clone(), 0, CHANGES[change])
+    fit(source, **options)
+    # After the sample and the three passes of the moments, which everything else is compared with; an order counts from
+    # the pass after that.
+    for at in range(5 + (change == "another order"), source.times + 1):
+        with pytest.raises(InputError, match=r"X changed between two passes"):
+            fit(Changing(x.clone(), at, CHANGES[change]), **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, dtype) for kind in KINDS for dtype in DTYPES if dtype != torch.float16 or kind not in BEYOND_HALF],
+    ids=str,
+)
+def test_rows_that_stay_are_not_changed(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, asked = fit_module.Lloyd.doubt, []
+
+    def doubt(self: Any, centroids: torch.Tensor, inertia: float) -> float:
+        found = plain(self, centroids, inertia)
+        asked.append(found)
+        # So little that a row cannot hide in it, and yet eight times what it needs to be.
+        assert found < 1e-3 * self.moments.spread or self.moments.frame.vanishing
+        return found / 8
+
+    monkeypatch.setattr(fit_module.Lloyd, "doubt", doubt)
+    for n, d in ((400, 5), (60, 300)):
+        x = rows(kind, n, d, dtype)
+        heavy = torch.from_numpy(np.where(np.random.RandomState(0).rand(n) < 0.5, 1.0, 1e-9))
+        for weights in (None, weights_for(x, True), heavy, heavy * 1e-300):
+            for solver in ("primal", "dual"):
+                fit(x, weights=weights, solver=solver, max_iter=4)
+    assert len(asked) >= 16

@@ -177,7 +177,8 @@ def test_n_init_auto_is_one_for_plus_plus_and_arrays_and_ten_for_random_and_call
 
     for init, restarts in (("k-means++", 1), ("k-means||", 1), (x[:4], 1), ("random", 10), (choose, 10)):
         KMeans(4, init=init, random_state=0, verbose=1).fit(x)
-        assert len(capsys.readouterr().out.splitlines()) == 1 + restarts  # the first is about the solvers
+        lines = capsys.readouterr().out.splitlines()
+        assert sum(line.startswith("restart ") for line in lines) == restarts
     assert seen == [(60, 3)] * 10
     KMeans(4, init=choose, random_state=0, n_init=3).fit(x)
     assert len(seen) == 13
@@ -268,12 +269,55 @@ def test_no_seed_draws_from_numpys_global_state() -> None:
         *(("memory_limit", value) for value in (0, "1 GiB")),
         *((name, "none") for name in ("init", "algorithm", "metric", "precision", "solver", "backend")),
         *(("random_state", value) for value in (-1, "seed", 0.5)),
+        *(("verbose", value) for value in (-1, 0.5, "yes", None)),
+        *(("copy_x", value) for value in (1, "yes", None)),
+        *(("init", value) for value in (None, 3, {}, [1.0, 2.0], np.ones(3), [[1.0], [1.0, 2.0]], torch.ones(()))),
+        *(("init", value) for value in (np.ones((1, 2, 3)), torch.ones(2), {"a": [1]}, object())),
+        *((name, np.array(["lloyd", "auto"])) for name in ("n_clusters", "n_init", "max_iter", "tol", "verbose")),
+        *((name, np.array(["lloyd", "auto"])) for name in ("algorithm", "metric", "precision", "solver", "backend")),
+        *((name, np.array([1, 2])) for name in ("init", "copy_x", "random_state", "memory_limit", "n_init")),
     ],
+    ids=str,
 )
 def test_a_parameter_out_of_range_is_named(parameter: str, value: Any) -> None:
+    class Named(KMeans):
+        pass
+
     x = blobs(np.random.RandomState(0), 30, 3)
-    with pytest.raises(ValueError, match=f"'{parameter}' parameter of KMeans must be .*Got"):
-        KMeans(**{"n_clusters": 2, parameter: value}).fit(x)
+    for kind in (KMeans, Named):
+        model = kind(**{"n_clusters": 2, parameter: value})
+        for error in (ValueError, TypeError):  # as scikit-learn's InvalidParameterError is both
+            with pytest.raises(
+                error, match=rf"(?s)^The '{parameter}' parameter of {kind.__name__} must be .* Got .* ins"
+            ):
+                model.fit(x)
+
+
+@pytest.mark.parametrize("parameter", ["n_clusters", "n_init", "max_iter", "tol", "verbose", "copy_x", "random_state"])
+def test_parameters_are_refused_where_scikit_learn_refuses_them(parameter: str) -> None:
+    x = blobs(np.random.RandomState(0), 30, 3)
+    values = [None, -1, 0, 1, 2, 0.5, "auto", "x", [1], np.ones(2), np.int8(3), np.float32(1)]
+    for value in values + [True, False] * (parameter in ("verbose", "copy_x")):
+        refused = []
+        for kind in (KMeans, Peer):
+            try:
+                kind(**{"n_clusters": 2, "n_init": 1, parameter: value}).fit(x)
+                refused.append(False)
+            except ValueError as error:
+                refused.append(f"'{parameter}' parameter of KMeans must be" in str(error))
+        assert refused[0] == refused[1], value
+
+
+def test_a_generator_is_drawn_from() -> None:
+    x = rows("noise", 200, 9)
+    found = []
+    for generator in (np.random.default_rng(1), np.random.default_rng(1), np.random.default_rng(2)):
+        model = KMeans(5, max_iter=1, random_state=generator)
+        found.append([model.fit(x).cluster_centers_ for _ in range(2)])
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][0], found[0][1])
+    assert not torch.equal(found[0][0], found[2][0])
 
 
 def test_more_clusters_than_rows_are_refused() -> None:

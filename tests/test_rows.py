@@ -65,7 +65,7 @@ def test_what_is_no_file_of_rows(tmp_path: Path, x: np.ndarray) -> None:
         ("deep.npy", "Expected 2D array, got 3D array"),
         ("complex.npy", "Complex data not supported"),
         ("dates.npy", "must hold numbers"),
-        ("nan.npy", "NaN: nan in row 7, column 0"),
+        ("nan.npy", r"NaN\. It is nan in row 7, column 0"),
     ):
         with pytest.raises(InputError, match=message):
             cluster_file(tmp_path / name, out, 2)

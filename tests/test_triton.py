@@ -227,8 +227,10 @@ def test_what_is_not_a_number_is_not_certain(field: str, value: float, whose: st
     labels, is_open = made.propose()
     assert is_open[0][spoiled].all()
     assert ((labels >= 0) & (labels < 6)).all()
+    decided = made.assign()[0]
+    assert ((decided >= 0) & (decided < 6)).all()
     if field not in ("x", "norms"):
-        assert made.wrong(made.assign()[0]) == 0
+        assert made.wrong(decided) == 0
 
 
 def test_centroids_beyond_float16_leave_every_row_to_float32(device: str) -> None:
@@ -363,7 +365,10 @@ def test_compiled_kernels_are_for_cuda_of_capability_8(monkeypatch: pytest.Monke
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     monkeypatch.setattr("gpuclust.cluster.backends.triton.differs", lambda backend, device: None)
-    assert choose("auto", problem("cuda"))[0].name == "triton"
+    backend, rejected = choose("auto", problem("cuda"))
+    assert backend.name == "triton"
+    assert rejected.keys() == {"cupy", "torch", "cuml"}
+    assert rejected["torch"] == "auto takes triton before it"
     monkeypatch.setattr("gpuclust.cluster.backends.triton.differs", lambda backend, device: "its labels differ")
     assert choose("auto", problem("cuda"))[1]["triton"] == "its labels differ"
     assert choose("triton", problem("cuda"))[0].name == "triton"

@@ -33,6 +33,8 @@ from gpuclust.cluster.gram import Gram, U, gamma
 from gpuclust.cluster.lloyd import Lloyd, Solution, numbered
 from gpuclust.cluster.moments import centroid_dtype
 from gpuclust.cluster.sources.base import take_rows, tile_rows
+from gpuclust.cluster.sources.checksum import require_unchanged
+from gpuclust.cluster.story import Story
 from gpuclust.cluster.sums import joined
 
 # Values of the scores that are worked on at a time.
@@ -70,7 +72,9 @@ class Dual:
         self.dtype = centroid_dtype(lloyd.source.dtype)
         self.certain = not lloyd.moments.frame.vanishing or lloyd.source.dtype != torch.float64
 
-    def run(self, starts: Sequence[list[int] | torch.Tensor]) -> tuple[list[Ending], list[Solution]]:
+    def run(
+        self, starts: Sequence[list[int] | torch.Tensor], story: Story | None = None
+    ) -> tuple[list[Ending], list[Solution]]:
         """Iterate from rows (k numbers) or centroids (k, d) of each restart: where all ended, and what may win."""
         r, n, device = len(starts), self.source.shape[0], self.source.device
         centres = Centres.empty(r, len(starts[0]), n, device)
@@ -88,10 +92,15 @@ class Dual:
             passes += 1
             counts = per_cluster(torch.ones_like(self.gram.norms).expand(labels.shape), labels, centres.mass.shape[1])
             masses = self.lloyd.masses(labels, counts, counts.shape[1])
+            if story:
+                for i in [i for i in range(len(active)) if not closing[i]]:
+                    story.iteration(active[i], passes - 1, self._inertia(centres.keep([i]), labels[i])[0])
             staying = [i for i in range(len(active)) if not closing[i] and changed[i]]
             for i in sorted(set(range(len(active))) - set(staying)):
                 ended = passes - closing[i], tuple(shifts[active[i]])
                 endings[active[i]] = self._end(centres.keep([i]), labels[i], masses[i], *ended)
+                if story:
+                    story.end(active[i], *ended)
             if not staying:
                 break
             if len(staying) < len(active):
@@ -284,6 +293,13 @@ class Dual:
     def _end(
         self, centres: Centres, labels: torch.Tensor, mass: torch.Tensor, n_iter: int, shifts: tuple[float, ...]
     ) -> Ending:
+        inertia, off = self._inertia(centres, labels)
+        # The products with the rows are not needed any more, and large.
+        centres.inner = centres.inner[:, :, :0].clone()
+        return Ending(labels.clone(), inertia, off if self.certain else math.inf, n_iter, shifts, mass, centres)
+
+    def _inertia(self, centres: Centres, labels: torch.Tensor) -> tuple[float, float]:
+        """The inertia of one restart's labels (n,), and how far it can be from that of the true centroids."""
         index = labels.long()[None]
         score, bound = (one[0].gather(0, index)[0] for one in self._scores(centres, slice(0, 1)))
         dist2 = score + self.gram.dist2
@@ -291,9 +307,7 @@ class Dual:
         if self.weights is not None:
             dist2, bound = dist2 * self.weights.values, bound * self.weights.values
         inertia, off = (one.sum().item() / self.gram.scale / self.gram.scale for one in (dist2, bound))
-        # The products with the rows are not needed any more, and large.
-        centres.inner = centres.inner[:, :, :0].clone()
-        return Ending(labels.clone(), inertia, off if self.certain else math.inf, n_iter, shifts, mass, centres)
+        return inertia, off
 
     def _solutions(self, endings: list[Ending]) -> list[Solution]:
         """Those that can be the best, with true centroids; of those with the same partition the first."""
@@ -315,5 +329,7 @@ class Dual:
             else:
                 centroids = self._true(one.centres, 0, every)
             inertia = self.lloyd.inertia(centroids, sums, one.mass)
+            # The matrix is of the rows as they were, the sums of what they are now.
+            require_unchanged(abs(inertia - one.inertia) <= one.bound + self.lloyd.doubt(centroids, inertia))
             solutions.append(Solution(centroids, one.labels, inertia, one.n_iter, one.shifts))
         return solutions

@@ -330,7 +330,8 @@ def decide(x: torch.Tensor, centroids: torch.Tensor, candidates: Candidates, lab
     dist2 = reference_dist2(x, centroids.reshape(r * k, d), restart * k + centroid, row)
     pair, group = torch.unique_consecutive(row * r + restart, return_inverse=True)
     least = dist2.new_full(pair.shape, math.inf).scatter_reduce_(0, group, dist2, "amin")
-    tied = torch.where(dist2 == least[group], centroid, k)
-    best = tied.new_full(pair.shape, k).scatter_reduce_(0, group, tied, "amin")
+    # A label is below k whatever the distances are: of rows that changed meanwhile none may equal the least.
+    tied = torch.where(dist2 == least[group], centroid, k - 1)
+    best = tied.new_full(pair.shape, k - 1).scatter_reduce_(0, group, tied, "amin")
     labels[pair % r, pair // r] = best.to(labels.dtype)
     return torch.tensor(pair.numel(), device=x.device)

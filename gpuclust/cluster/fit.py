@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from gpuclust.cluster.seeding.plus_plus import choose_plus_plus, choose_random
 from gpuclust.cluster.seeding.scalable import choose_scalable
 from gpuclust.cluster.solver import plan
 from gpuclust.cluster.sources.base import ChunkSource, take_rows
+from gpuclust.cluster.sources.checksum import Sample, require_unchanged
+from gpuclust.cluster.story import Story
 from gpuclust.cluster.sums import total
 from gpuclust.errors import UnavailableError
 
@@ -55,7 +58,7 @@ class Fit:
     backend, solver, precision : str
         What ran; all three name a backend that runs a whole fit in its own way, as cuml does.
     rejected : dict
-        Backends passed over, with the reason of each.
+        Every other backend, with the reason why it did not run.
     recheck_share : float
         Share of all assignments, over all restarts and iterations, that the reference distance decided.
     times : dict
@@ -170,8 +173,9 @@ def fit_kmeans(
         with in_all(group):
             problem = Problem(n, d, k, source.dtype, device, weights is not None, n_init, group.size)
             runner, rejected = choose(backend, problem)
+        sample = Sample(source)
         if isinstance(runner, WholeFit):
-            return _whole(
+            whole = _whole(
                 runner,
                 source,
                 k,
@@ -184,6 +188,8 @@ def fit_kmeans(
                 seed=seed,
                 weights=weights,
             )
+            sample.require_unchanged()
+            return whole
         shares = None if weights is None else Weights(weights, block)
         lightest = None if shares is None else shares.lightest
         with in_all(group):
@@ -237,14 +243,15 @@ def fit_kmeans(
             ended: list[Ending | Solution] = []
             if dual:
                 watch.lap("seed_s")
-                endings, found = alone(partial(dual.run, rows or given))
+                story = Story(tell, restarts, unit, lloyd.tol) if tell else None
+                endings, found = alone(partial(dual.run, rows or given, story))
                 ended += endings
             else:
                 centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
                 for i, place in enumerate(centroids):
                     place.copy_(take_rows(source, block, torch.tensor(rows[i], device=device)) if rows else given[i])
                 watch.lap("seed_s")
-                found = lloyd.run(centroids)
+                found = lloyd.run(centroids, Story(tell, restarts, unit, lloyd.tol) if tell else None)
                 ended += found
             watch.lap("iterate_s")
             if tell:
@@ -259,6 +266,10 @@ def fit_kmeans(
             if tell:
                 tell(f"{moves} moves of single rows, inertia {inertia * unit:.10g}")
             watch.lap("moves_s")
+        # The sums are of the rows as they were in the passes, the distances of what they are now.
+        require_unchanged(abs(inertia - best.inertia) <= lloyd.doubt(best.centroids, inertia))
+        with in_all(group):
+            sample.require_unchanged()
     return Fit(
         best.centroids,
         best.labels,
@@ -323,6 +334,7 @@ def _seed(
 
 def _close(solutions: list[Solution], moments: Moments) -> list[Solution]:
     """Those whose inertia may be the least: the others are not kept."""
+    require_unchanged(all(math.isfinite(solution.inertia) for solution in solutions))
     close = min(solution.inertia for solution in solutions) + _ALIKE * moments.spread
     return [solution for solution in solutions if solution.inertia <= close]
 

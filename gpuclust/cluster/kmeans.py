@@ -22,19 +22,17 @@ from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.memory import halvings_within, least_bytes
 from gpuclust.cluster.moments import centroid_dtype, require_range
+from gpuclust.cluster.parameters import check_parameters, seed_of
 from gpuclust.cluster.portable import from_host, has_moved, is_here, to_host
 from gpuclust.cluster.predict import dist2_to_all, nearest
 from gpuclust.cluster.relief import Relief, relief
 from gpuclust.cluster.scikit import ScikitLearn
 from gpuclust.cluster.sources.arrays import read_array
 from gpuclust.cluster.sources.base import ChunkSource, TensorSource
-from gpuclust.cluster.sources.inputs import Rows, is_real, is_whole, read_rows, read_weights
+from gpuclust.cluster.sources.inputs import Rows, read_rows, read_weights
 from gpuclust.cluster.sums import SUMMED, total
-from gpuclust.config import BACKENDS, PRECISIONS, SOLVERS
-from gpuclust.errors import InputError, UnavailableError
+from gpuclust.errors import InputError
 
-# Beginnings that have a name.
-INITS = ("k-means++", "k-means||", "random")
 # Labels and distances of a row that is asked about.
 _RESULT_BYTES = 16
 
@@ -59,8 +57,10 @@ class KMeans(ScikitLearn):
     tol : float
         Movement of the centroids (sum of squares, relative to the mean variance of a feature) that ends a restart.
     verbose : int
-        Above 0, a line is printed for the choice of the solver, and one for each restart.
-    random_state : int, numpy.random.RandomState or None
+        Above 0, lines are printed on the choice of the solver, on each iteration and the end of each restart, in
+        scikit-learn's words with the number of the restart. It waits for the device in each iteration.
+    random_state : int, numpy.random.RandomState, numpy.random.Generator or None
+        None draws from NumPy's global state, as scikit-learn does; a state or generator is drawn from in each fit.
     copy_x : bool
         Without effect: X is never written.
     algorithm : {"lloyd", "elkan", "hartigan-wong"}
@@ -79,10 +79,14 @@ class KMeans(ScikitLearn):
         X on the device and 8 bytes per pair of rows. "auto" takes what `gpuclust.cluster.solver` predicts to be faster.
         It never changes the result.
     backend : {"auto", "cupy", "triton", "torch", "cuml"}
-        "cuml": the fit is that of RAPIDS' cuML, with its own convergence and rounding; labels are then not exact, and
-        ``fit_report_.notes`` says what differs. "auto" never takes it.
+        What computes; the first three give the same labels. "torch": tensor operations on any device. "triton" and
+        "cupy": kernels for NVIDIA GPUs of compute capability 8.0 and up. "cuml": the fit is that of RAPIDS' cuML, with
+        its own convergence and rounding; labels are then not exact, and ``fit_report_.notes`` says what differs.
+        "auto": triton where it can run and its labels and sums are torch's on that device, else torch; never cuml.
+        ``fit_report_.rejected`` has the reason for each that did not run.
     device : str, torch.device or None
-        Where to compute; where X is by default.
+        Where to compute: "cpu", "cuda", "cuda:INDEX", or "auto" for the CUDA device if there is one; None for where X
+        is. Results are on X's device in any case.
     memory_limit : int or None
         Bytes that tensors may take beside X; less than one restart needs is an error, which says how much that is. A
         copy of X on the device counts; X that leaves too little is streamed. None: about 256 MiB and a tenth of X. It
@@ -113,8 +117,15 @@ class KMeans(ScikitLearn):
     X is a torch tensor, a NumPy array, anything that offers DLPack or ``__cuda_array_interface__``, a memory-mapped
     .npy, chunks of rows (a list of arrays (b, d), or an object whose ``__iter__`` gives them anew each time, in a fixed
     order), or a chunk source (`gpuclust.cluster.sources`); results are of the same kind on the same device.
-    What is streamed, from memory, a file or chunks, is read several times, and gives the same bits; if it changes
-    meanwhile that is an error (`HostSource` says what is noticed in a file). A callable ``init`` gets it as it is.
+    What is streamed, from memory, a file or chunks, is read several times, and gives the same bits. A callable ``init``
+    gets it as it is.
+    X that changes during a fit is an error where that is noticed, and labels stay in range where it is not. Of streamed
+    rows: any change of chunks, and of all on a GPU; in a file on the CPU see `HostSource`. Of rows used in place: any
+    bit of 8192 values of whole rows, 16 rows at least, spread over X, at the beginning and the end; and all that leaves
+    the inertia by the last reading of X another than by the sums of the passes before, beyond their rounding, or no
+    number. So one value is noticed where its squared distance changes by more than some 1e-8 of the sum of the squared
+    distances to the mean (1e-4 for rows 1e4 times as far from zero as from their mean). Not noticed are what was undone
+    before the last reading, rows of one cluster that change places, and rows of weight 0 that the sample lacks.
     A pickled model has in host memory what lies on a device; where it is read the results go back to that device when
     they are first asked for, or stay on the CPU where it is missing. A fit that fails leaves the model as it was.
     Processes that each hold a part of the rows fit them as one with ``fit(shared(X))``, and with nothing else; see
@@ -170,13 +181,24 @@ class KMeans(ScikitLearn):
         self.memory_limit = memory_limit
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
-        """Find the clusters of the rows of ``X`` (n, d); ``sample_weight`` (n,) are weights of at least 0.
+        """Find the clusters of the rows of ``X`` (n, d).
+
+        Parameters
+        ----------
+        X : (n, d)
+            See the notes of the class.
+        y : ignored
+        sample_weight : (n,) or a number, optional
+            Of each row, at least 0 and not all 0, of any unit: what the row counts for in centroids and inertia, and
+            how likely it is drawn where restarts begin. Rows of weight 0 get labels alone. All are 1 by default.
 
         Raises
         ------
+        ParameterError (a ValueError and a TypeError)
+            For a parameter out of range, which is named.
         InputError (a ValueError)
-            For parameters out of range, NaN or infinity in X (the first is named), values whose squares overflow, more
-            clusters than rows, negative or all-zero weights, ``init`` of another shape.
+            For NaN or infinity in X (the first is named), X that changes meanwhile, values whose
+            squares overflow, more clusters than rows, weights that are negative, all 0, of another length or no numbers, ``init`` of another shape.
         TypeError
             For sparse X.
         UnavailableError (a ValueError)
@@ -190,9 +212,9 @@ class KMeans(ScikitLearn):
     def _fit(self, X: Any, sample_weight: Any) -> Self:
         X, group = unshared(X)
         with in_all(group):
-            self._check_parameters()
+            check_parameters(self)
             rows = self._read(X, reset=True, weighted=sample_weight is not None)
-            own_seed = _seed(self.random_state)
+            own_seed = seed_of(self.random_state)
         k = int(self.n_clusters)
         told = group.gather((rows.source.shape[0], own_seed))
         n, seed = sum(count for count, _ in told), told[0][1]
@@ -246,14 +268,20 @@ class KMeans(ScikitLearn):
         return self
 
     def predict(self, X: Any) -> Any:
-        """The nearest centroid of each row of ``X`` (n, d), by the reference distance of both as they are stored, in
-        float64 whatever their types: int32 (n,).
+        """The nearest centroid of each row of ``X`` (n, d), of X's kind and on its device: int32 (n,).
+
+        Nearest by the reference distance of both as they are stored, in float64 whatever their types.
 
         Raises
         ------
+        NotFittedError (a ValueError)
+            Before `fit`.
         InputError (a ValueError)
-            For NaN or infinity in X (the first is named), values whose squares overflow, and rows of another width; so
-            do `transform` and `score`.
+            For X of another width, NaN or infinity in X (the first is named), values whose squares overflow.
+        TypeError
+            For sparse X.
+        UnavailableError (a ValueError)
+            For a backend or device that cannot run here.
         """
         rows, centroids = self._known(unshared(X)[0])
         rows = self._measured(rows)
@@ -263,13 +291,25 @@ class KMeans(ScikitLearn):
             return rows.back(room.run(lambda: nearest(source, centroids, backend, self.precision)))
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
-        """``fit(X)``, then its labels: int32 (n,)."""
+        """``fit(X, sample_weight=sample_weight)``, then its labels: int32 (n,). It raises what `fit` does."""
         return self.fit(X, sample_weight=sample_weight).labels_
 
     def transform(self, X: Any) -> Any:
         """Distances of the rows of ``X`` (n, d) to the centroids, (n, n_clusters); 1 - cos for ``metric="cosine"``.
 
-        float64 where X or the centroids are float64 or X has whole numbers, else float32.
+        float64 where X or the centroids are float64 or X has whole numbers, else float32. `set_output` makes it a table
+        where X is no tensor.
+
+        Raises
+        ------
+        NotFittedError (a ValueError)
+            Before `fit`.
+        InputError (a ValueError)
+            For X of another width, NaN or infinity in X (the first is named), values whose squares overflow.
+        TypeError
+            For sparse X.
+        UnavailableError (a ValueError)
+            For a backend or device that cannot run here.
         """
         X = unshared(X)[0]
         rows, centroids = self._known(X)
@@ -288,11 +328,32 @@ class KMeans(ScikitLearn):
         return self._in_container(rows.back(out), X)
 
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
-        """``fit(X)``, then ``transform(X)``: (n, n_clusters)."""
+        """``fit(X, sample_weight=sample_weight)``, then ``transform(X)``: (n, n_clusters). It raises what both do."""
         return self.fit(X, sample_weight=sample_weight).transform(X)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Minus the inertia of ``X`` (n, d) with these centroids."""
+        """Minus the inertia of ``X`` (n, d) with these centroids.
+
+        Parameters
+        ----------
+        X : (n, d)
+        y : ignored
+        sample_weight : (n,) or a number, optional
+            What the squared distance of each row (1 - cos for ``metric="cosine"``) counts for: at least 0 and not all
+            0. All are 1 by default.
+
+        Raises
+        ------
+        NotFittedError (a ValueError)
+            Before `fit`.
+        InputError (a ValueError)
+            For X of another width, NaN or infinity in X (the first is named),
+            or weights that `fit` would refuse.
+        TypeError
+            For sparse X.
+        UnavailableError (a ValueError)
+            For a backend or device that cannot run here.
+        """
         X, group = unshared(X)
         with in_all(group):
             rows, centroids = self._known(X)
@@ -346,34 +407,6 @@ class KMeans(ScikitLearn):
             vars(self).clear()
             vars(self).update(before)
             raise
-
-    def _check_parameters(self) -> None:
-        name = type(self).__name__
-        for parameter, right, allowed in (
-            ("n_clusters", is_whole(self.n_clusters, 1), "an int in the range [1, inf)"),
-            ("n_init", self.n_init == "auto" or is_whole(self.n_init, 1), "'auto' or an int in the range [1, inf)"),
-            ("max_iter", is_whole(self.max_iter, 1), "an int in the range [1, inf)"),
-            ("tol", is_real(self.tol, 0), "a float in the range [0.0, inf)"),
-            ("algorithm", self.algorithm in ("lloyd", "elkan", "hartigan-wong"), "'lloyd', 'elkan' or 'hartigan-wong'"),
-            ("metric", self.metric in ("euclidean", "cosine"), "'euclidean' or 'cosine'"),
-            ("precision", self.precision in PRECISIONS, " or ".join(map(repr, PRECISIONS))),
-            ("solver", self.solver in SOLVERS, " or ".join(map(repr, SOLVERS))),
-            ("backend", self.backend in BACKENDS, "one of " + ", ".join(map(repr, BACKENDS))),
-            (
-                "memory_limit",
-                self.memory_limit is None or is_whole(self.memory_limit, 1),
-                "None or an int in the range [1, inf)",
-            ),
-        ):
-            if not right:
-                value = getattr(self, parameter)
-                raise InputError(f"The {parameter!r} parameter of {name} must be {allowed}. Got {value!r} instead.")
-        for parameter, other in (("solver", "dual"), ("algorithm", "hartigan-wong"), ("backend", "cuml")):
-            if self.metric == "cosine" and getattr(self, parameter) == other:
-                raise UnavailableError(
-                    f"metric='cosine' and {parameter}={other!r} do not go together: {other} knows Euclidean distances "
-                    f"alone; leave {parameter!r} at its default"
-                )
 
     def _read(self, X: Any, *, reset: bool, weighted: bool = False) -> Rows:
         if hasattr(X, "columns") or hasattr(self, "feature_names_in_"):
@@ -449,11 +482,6 @@ class KMeans(ScikitLearn):
     def _starts(self, X: Any, rows: Rows, seed: int, group: Group) -> tuple[str | list[torch.Tensor], int]:
         """What the restarts begin with, and how many there are."""
         named, source = isinstance(self.init, str), rows.source
-        if named and self.init not in INITS:
-            raise InputError(
-                f"The 'init' parameter of {type(self).__name__} must be {', '.join(map(repr, INITS))}, a callable "
-                f"or an array. Got {self.init!r} instead."
-            )
         once = self.init != "random" if named else not callable(self.init)
         n_init = (1 if once else 10) if self.n_init == "auto" else int(self.n_init)
         if named:
@@ -491,18 +519,3 @@ class KMeans(ScikitLearn):
             return values
         require_directions(given, what="The initial centers contain one of zeros: number")
         return unit_rows(given.to(source.device), values.dtype)
-
-
-def _seed(random_state: Any) -> int:
-    if random_state is None:
-        random_state = np.random.mtrand._rand
-    if isinstance(random_state, np.random.Generator):
-        return int(random_state.integers(np.iinfo(np.int32).max))
-    if isinstance(random_state, np.random.RandomState):
-        return int(random_state.randint(np.iinfo(np.int32).max))
-    if is_whole(random_state, 0):
-        return int(random_state)
-    raise InputError(
-        "The 'random_state' parameter of KMeans must be an int of at least 0, a numpy.random.RandomState or None. "
-        f"Got {random_state!r} instead."
-    )

@@ -24,6 +24,7 @@ from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.relief import Relief
 from gpuclust.cluster.sketch import Sketches
 from gpuclust.cluster.sources.base import ChunkSource, block_rows
+from gpuclust.cluster.story import Story
 from gpuclust.cluster.sums import Grid, joined, power_of_two, total, tree_sum
 
 # What a restart does: iterate; stand still because it has ended, or because a cluster is empty, which the host fills.
@@ -208,13 +209,18 @@ class Lloyd:
         self.weights, self.chunk_rows = weights, chunk_rows
         self.max_iter, self.tol, self.precision = max_iter, tol, precision
         self.norms = moments.frame.norms(moments.dist2)
+        # T of `inertia`; here, since all processes add it up together.
+        self.spread = moments.spread if weights is None else total(moments.dist2, weights.values, moments.block)
         self.work = Work()
         self.sketches = Sketches(backend, source, moments, self.norms, spare_bytes)
         # Where a pass waits for the device anyway, or reads a file, one that was not needed costs more than it gains.
         self.late = int(not backend.waits and source.resident)
 
-    def run(self, centroids: torch.Tensor) -> list[Solution]:
-        """Iterate from ``centroids`` (r, k, d), which are overwritten, to a solution per restart."""
+    def run(self, centroids: torch.Tensor, story: Story | None = None) -> list[Solution]:
+        """Iterate from ``centroids`` (r, k, d), which are overwritten, to a solution per restart.
+
+        A ``story`` hears of each iteration, which waits for the device and takes an inertia from the sums.
+        """
         front = _Front.of(centroids, self.source.shape[0], self.moments.grid.levels)
         solutions: dict[int, Solution] = {}
         shifts: list[list[float]] = [[] for _ in front.restarts]
@@ -222,17 +228,17 @@ class Lloyd:
         self.sketches.restart()
         first = True
         while front.restarts:
-            reports.append(self._iterate(front, first))
+            reports.append(self._iterate(front, first, story))
             first = False
             if len(reports) <= self.late or self._read(reports, front, shifts):
                 continue
             while reports:  # in these passes the restarts that stand still did
                 self._read(reports, front, shifts)
-            front = self._attend(front, solutions, shifts)
+            front = self._attend(front, solutions, shifts, story)
         return [solutions[restart] for restart in range(len(shifts))]
 
-    def _iterate(self, front: _Front, first: bool) -> Late:
-        """A pass, and the steps of the restarts that it does not end; nothing here waits for the device.
+    def _iterate(self, front: _Front, first: bool, story: Story | None = None) -> Late:
+        """A pass, and the steps of the restarts that it does not end; only a story makes the host wait for the device.
 
         Returns
         -------
@@ -246,7 +252,12 @@ class Lloyd:
         empty = moves & ~end & (masses == 0).any(1)
         steps = moves & ~end & ~empty
         front.does += end * _ENDED + empty * _EMPTY
-        shift = self._step(front.centroids, self.group.all_reduce(front.sums), masses, steps)
+        sums = self.group.all_reduce(front.sums)
+        if story:
+            for i in (moves & ~front.closing).nonzero()[:, 0].tolist():
+                inertia = self.inertia(front.centroids[i], sums[:, i], masses[i])
+                story.iteration(front.restarts[i], int(front.passes[i]) - 1, inertia)
+        shift = self._step(front.centroids, sums, masses, steps)
         front.closing = torch.where(steps, (shift <= self.tol) | (front.passes >= self.max_iter), front.closing)
         return Late(torch.stack([steps.double(), shift], 1))
 
@@ -259,7 +270,9 @@ class Lloyd:
                 shifts[restart].append(shift)
         return all(stepped for stepped, _ in report)
 
-    def _attend(self, front: _Front, solutions: dict[int, Solution], shifts: list[list[float]]) -> _Front:
+    def _attend(
+        self, front: _Front, solutions: dict[int, Solution], shifts: list[list[float]], story: Story | None = None
+    ) -> _Front:
         """See to the restarts that stand still: those that have ended leave, empty clusters get a row."""
         masses = self.masses(front.labels, front.counts, front.counts.shape[1])
         sums = self.group.all_reduce(front.sums)
@@ -276,6 +289,8 @@ class Lloyd:
                     passes - closing,
                     tuple(shifts[restart]),
                 )
+                if story:
+                    story.end(restart, passes - closing, shifts[restart])
                 continue
             moving.append(i)
             if does == _EMPTY:
@@ -422,8 +437,6 @@ class Lloyd:
 
     def inertia(self, centroids: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
         """T - 2 sum_j (c_j - m) . (S_j - n_j m) + sum_j n_j ||c_j - m||^2, free of any order."""
-        known, weights = self.moments, self.weights
-        spread = known.spread if weights is None else total(known.dist2, weights.values, known.block)
         cross = torch.empty_like(centroids, dtype=torch.float64)
         size = block_rows(centroids.shape[1], centroids.device)
         for start in range(0, len(centroids), size):
@@ -431,7 +444,25 @@ class Lloyd:
             moved = centroids[part].double() - self.moments.mean
             cross[part] = (joined(sums[:, part]) - mass[part, None] * self.moments.mean).mul_(moved)
             cross[part].mul_(-2.0).add_(moved.square_().mul_(mass[part, None]))
-        return spread + tree_sum(cross.view(1, -1)).item()
+        return self.spread + tree_sum(cross.view(1, -1)).item()
+
+    def doubt(self, centroids: torch.Tensor, inertia: float) -> float:
+        """How far `inertia` can be from the ``inertia`` that the rows' distances sum up to, for any labels.
+
+        Sums lose half a last step of their grid for each row and the rounding of terms of the rows' size, times the way
+        from the centroids (k, d) to the mean; the rest is what weights lose and the rounding of distances.
+        """
+        frame, n = self.moments.frame, self.moments.block.n
+        if frame.vanishing:
+            return math.inf
+        away = torch.linalg.vector_norm(centroids.double() - self.moments.mean, dim=1).amax().item()
+        half = torch.linalg.vector_norm(self.moments.grid.magic[-1] * (2.0**-53 / 1.5)).item()
+        far = math.sqrt(frame.far2)
+        row = 2 * away * (half + 2.0**-48 * (frame.offset + far))
+        row += (2.0**-48 + 4.0 ** (math.ceil(math.log2(n + 1)) - 51)) * (away + far) * (away + far)
+        if self.weights is not None:
+            row += self.weights.rounding * away * (away + 2 * frame.offset)
+        return n * row + 2.0**-44 * (self.spread + abs(inertia))
 
 
 def numbered(labels: torch.Tensor, k: int, block: Block) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from gpuclust.cluster.distributed import Block, in_all
 from gpuclust.cluster.exact import Frame, reference_dist2
 from gpuclust.cluster.sources.base import ChunkSource, block_rows
+from gpuclust.cluster.sources.checksum import require_unchanged
 from gpuclust.cluster.sums import SUMMED, Grid, total
 from gpuclust.errors import InputError
 
@@ -72,7 +73,9 @@ class Moments:
             dist2[start : start + x.shape[0]] = reference_dist2(x, mean)
         far2, most = block.max(dist2.amax()).item(), largest.amax().item()
         # Four times the farthest bounds any distance between two rows.
-        require_range(SUMMED * 4 * far2 * block.n, most)
+        bound = SUMMED * 4 * far2 * block.n
+        require_unchanged(math.isfinite(bound) or not math.isfinite(4 * SUMMED * most * most * d * block.n))
+        require_range(bound, most)
         spread = total(dist2, None, block)
         return cls(
             block,
@@ -119,5 +122,6 @@ def require_range(bound: float, largest: float, what: str = "values") -> None:
 def _refuse(x: torch.Tensor, start: int) -> None:
     row, column = (int(index) for index in (~x.isfinite()).nonzero()[0])
     value = x[row, column].item()
-    what = "NaN" if math.isnan(value) else "infinity or a value too large"
-    raise InputError(f"Input X contains {what}: {value} in row {start + row}, column {column} (counted from 0)")
+    kind = str(x.dtype).removeprefix("torch.")
+    what = "NaN" if math.isnan(value) else f"infinity or a value too large for dtype({kind!r})"
+    raise InputError(f"Input X contains {what}. It is {value} in row {start + row}, column {column} (counted from 0)")

@@ -31,7 +31,7 @@ def survey() -> dict[str, str | None]:
 
 
 def choose(name: str, problem: Problem) -> tuple[Backend, dict[str, str]]:
-    """The backend for ``problem``, and the ones passed over with the reason of each.
+    """The backend for ``problem``, and every other with the reason why it does not run.
 
     Raises
     ------
@@ -49,7 +49,15 @@ def choose(name: str, problem: Problem) -> tuple[Backend, dict[str, str]]:
         if reason is None and name == "auto":
             reason = backend.reserved(problem)
         if reason is None:
-            return backend, rejected
+            others = {other: _passed_over(other, candidate, name) for other in backends if other != candidate}
+            return backend, others | rejected
         rejected[candidate] = reason
     reasons = "; ".join(f"{key}: {reason}" for key, reason in rejected.items())
     raise UnavailableError(f"backend {name!r} cannot run here ({reasons}); use backend='auto' or 'torch'")
+
+
+def _passed_over(other: str, taken: str, asked: str) -> str:
+    """Why a backend that nobody asked whether it can run does not."""
+    if asked != "auto":
+        return f"backend={asked!r} was asked for"
+    return f"auto takes {taken} before it" if other in ORDER else "auto never takes it: its labels are not exact"

@@ -1,12 +1,15 @@
-"""A checksum of rows in their order, so that rows that change between two passes are an error and not a result."""
+"""Rows that change between two passes are an error and not a result: a checksum of rows, and a sample of them."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from gpuclust.cluster.sources.base import block_rows
+from gpuclust.cluster.sources.base import ChunkSource, block_rows
 from gpuclust.errors import InputError
+
+# Values of a sample of resident rows, and the rows that it has at least.
+_SAMPLED_VALUES, _SAMPLED_ROWS = 1 << 13, 16
 
 
 class Checksum:
@@ -75,11 +78,52 @@ class Unchanged:
         value = checksum.value()
         if self._first is None:
             self._first = value
-        elif value != self._first:
-            raise InputError(
-                "X changed between two passes: its rows are not those of the first pass, in the same order. X is read "
-                "many times, so nothing may shuffle, augment or overwrite it meanwhile"
-            )
+        else:
+            require_unchanged(value == self._first)
+
+
+class Sample:
+    """Some rows of a source that lie on the device, spread over all of them, as they were when this was made.
+
+    Rows that are streamed have a checksum of their own: of these nothing is kept.
+    """
+
+    def __init__(self, source: ChunkSource) -> None:
+        self._source, self._rows = source, torch.empty(0)
+        if source.resident:
+            (n, d), device = source.shape, source.device
+            count = min(n, max(_SAMPLED_ROWS, _SAMPLED_VALUES // d))
+            self._index = torch.arange(count, device=device) * n // count
+            self._rows = self._taken()
+
+    def require_unchanged(self) -> None:
+        """Compare with the same rows as they are now; waits for the device.
+
+        Raises
+        ------
+        InputError
+            If a bit of them is another.
+        """
+        if self._source.resident:
+            require_unchanged(torch.equal(self._taken(), self._rows))
+
+    def _taken(self) -> torch.Tensor:
+        return self._source.take(self._index).flatten().view(torch.uint8)
+
+
+def require_unchanged(same: bool) -> None:
+    """Raise what a pass says that found other rows than one before.
+
+    Raises
+    ------
+    InputError
+        If they are not the ``same``.
+    """
+    if not same:
+        raise InputError(
+            "X changed between two passes: its rows are not those of the first pass, in the same order. X is read "
+            "many times, so nothing may shuffle, augment or overwrite it meanwhile"
+        )
 
 
 def _odd(count: int) -> torch.Tensor:

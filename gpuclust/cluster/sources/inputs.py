@@ -254,9 +254,14 @@ def read_weights(weights: Any, source: ChunkSource, group: Group | None = None) 
 def _read_weights(weights: Any, source: ChunkSource) -> torch.Tensor:
     n = source.shape[0]
     plain = isinstance(weights, np.ndarray) or not hasattr(weights, "__dlpack__")
-    given = np.asarray(weights) if plain else open_array(weights)[0]
-    require_real(given)
-    values = torch.from_numpy(np.array(given, np.float64)) if isinstance(given, np.ndarray) else given
+    try:
+        given = np.asarray(weights) if plain else open_array(weights)[0]
+        require_real(given)
+        values = torch.from_numpy(np.array(given, np.float64)) if isinstance(given, np.ndarray) else given
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"sample_weight must hold numbers; got a {type(weights).__name__}: {error}") from error
     values = values.to(source.device, torch.float64)
     if values.ndim == 0:
         values = values.expand(n).clone()
@@ -274,6 +279,19 @@ def _read_weights(weights: Any, source: ChunkSource) -> torch.Tensor:
 def is_whole(value: Any, least: int) -> bool:
     """Whether it is a whole number (not a bool) of at least ``least``."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= least)
+
+
+def is_bool(value: Any) -> bool:
+    """Whether it is True or False, NumPy's included."""
+    return isinstance(value, (bool, np.bool_))
+
+
+def is_table(value: Any) -> bool:
+    """Whether it is an array of two dimensions, of any kind, or something like a list of rows."""
+    try:
+        return len(value.shape if hasattr(value, "shape") else np.shape(value)) == 2
+    except (TypeError, ValueError):  # rows of several lengths, or of what is no number
+        return False
 
 
 def is_real(value: Any, least: float) -> bool:
