@@ -92,9 +92,11 @@ def test_a_whole_run_with_scikit_learn_and_torch():
         # 4 iterations of 2 * 600 * 8 * 6 operations, or of reading 600 * 8 * 4 bytes
         assert fit["limit_s"] == pytest.approx(4 * max(57_600 / 1e11, 19_200 / 1e10))
         assert fit["limit_share"] == pytest.approx(fit["limit_s"] / fit["time_s"])
-        assert "peak_bytes" not in fit
+        assert all(0 <= by[op, what].get("peak_bytes", 0) < 1 << 30 for op in ("assign", "fit"))
     ours = by["fit", "gpuclust torch"]
     assert 0 <= ours["recheck_share"] < 1
+    assert by["assign", "gpuclust torch"]["recheck_share"] == 0
+    assert all("limit_share" in row for row in rows if "time_s" in row)
     assert "ratio" not in ours
     for what in ("scikit-learn", "torch"):
         assert by["fit", what]["beside"] == "gpuclust torch"
@@ -109,6 +111,16 @@ def test_a_whole_run_with_scikit_learn_and_torch():
     assert "0 of 600" in text
     assert "ratio: time over that of gpuclust torch" in text
     assert text.count("not measured:") >= 2
+
+
+def test_the_share_that_the_reference_distance_decided_of_labels_alone():
+    x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 0
+    one = torch.tensor([[1.0, 0.0, 0.0]])
+    for other, share in ((-one, 1.0), (one + 100, 0.0)):  # as near for every row, and for none
+        work = Ours("torch").assign(Stored(x), torch.cat([one, other]))
+        (found,) = work.read(work.call())
+        assert (found.recheck_share, found.labels.unique().tolist()) == (share, [0])
 
 
 def test_the_best_restart_counts_and_problems_add_up():

@@ -11,8 +11,9 @@ from gpuclust.bench.case import Case
 from gpuclust.bench.peers import OPS, Found, Peer, Stored, Work
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose, survey
-from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.backends.base import Backend, Problem
 from gpuclust.cluster.moments import Moments
+from gpuclust.cluster.predict import nearest
 from gpuclust.cluster.seeding.draws import RandomBits
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
 from gpuclust.cluster.solver import budget_bytes, plan
@@ -78,7 +79,20 @@ class Ours(Peer):
         x = rows.x if self.x_at == "device" else rows.host
         model = self._model(len(start))
         model.cluster_centers_, model.n_features_in_ = start, start.shape[1]
-        return Work(lambda: model.predict(x), lambda labels: [Found(labels=labels)])
+        return Work(
+            lambda: model.predict(x),
+            lambda labels: [Found(labels=labels, recheck_share=self._recheck_share(rows.x, start))],
+        )
+
+    def _recheck_share(self, x: torch.Tensor, start: torch.Tensor) -> float | None:
+        """Share of the labels of an `assign` that the reference distance decides; nobody is told it, so once more."""
+        if not self.exact:
+            return None
+        (n, d), k = x.shape, len(start)
+        counted = _Counted(choose(self.backend, Problem(n, d, k, x.dtype, x.device))[0])
+        with full_precision(x.device):
+            nearest(TensorSource(x), start, counted)
+        return counted.decided / n
 
     def update(self, rows: Stored, labels: torch.Tensor, start: torch.Tensor) -> Work | None:
         if not self.exact:
@@ -121,6 +135,21 @@ class Ours(Peer):
         return KMeans(
             k, tol=0.0, backend=self.backend, solver=self.solver, device=self._device, random_state=0, **parameters
         )
+
+
+class _Counted:
+    """A backend, and how many labels the reference distance decided in it."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self.decided = backend, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def assign(self, *given: Any) -> torch.Tensor:
+        count = self._backend.assign(*given)
+        self.decided += int(count)
+        return count
 
 
 def our_backends(device: torch.device) -> list[Peer]:

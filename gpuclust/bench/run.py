@@ -48,6 +48,8 @@ class Bench:
         Seconds for the rounds of an operation; what `monotonic` must not pass: what is left then is a row that says so.
     failures : list of str
         Wrong labels and errors of gpuclust's, filled by `run`.
+    least_rounds : int
+        Of an operation, whatever the budget; 1 where they do not fit the deadline.
     """
 
     device: torch.device
@@ -57,6 +59,7 @@ class Bench:
     budget_s: float = BUDGET_S
     deadline_s: float = float("inf")
     failures: list[str] = field(default_factory=list)
+    least_rounds: int = 3
 
     def run(self, case: Case, ops: Sequence[str], title: str | None = None) -> None:
         """Measure ``ops`` of one case; see `gpuclust.bench.peers.OPS`."""
@@ -93,7 +96,7 @@ class Bench:
         left_s = self.deadline_s - monotonic()
         if calls and left_s > 0:
             once_s = sum(entry.again_s for entry in repeated)
-            least = 3 if 3 * once_s < left_s else 1
+            least = self.least_rounds if self.least_rounds * once_s < left_s else 1
             rounds = rounds_for(once_s, min(self.budget_s, left_s), least)
             measured = in_turn(self._clock, safe, rounds)
             times = {id(call): seconds for call, seconds in zip(calls, measured, strict=True)}
@@ -169,6 +172,7 @@ class Bench:
         last = found[-1]
         if op == "assign":
             entry.quality = examine(x[0], start, _given(last[0].labels), seed)
+            entry.recheck_share = last[0].recheck_share
         elif op == "update":
             entry.inertia = inertia(x[0], _given(last[0].centroids), self._labels())
         elif op == "seed":
