@@ -26,7 +26,7 @@ PROPERTIES: dict[str, tuple[Any, ...]] = {
     "restarts": (1, 3),
     "weights": (None, "some zero", "unequal"),
 }
-# Values between neighbours of the layouts "far rows" and "far columns"; 1040 of them lie beyond 2**32 values.
+# Values between neighbours of the layouts "far rows" and "far columns"; 1025 of them lie beyond 2**32 values.
 APART = 1 << 22
 # What the cost of a case depends on.
 SIZE = ("n", "d", "k", "restarts")

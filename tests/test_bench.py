@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import math
 from time import monotonic
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gpuclust.bench import command, run
+from gpuclust.bench import command, run, timing
 from gpuclust.bench.case import Case
 from gpuclust.bench.ceilings import Ceilings
 from gpuclust.bench.ours import Ours
@@ -220,6 +221,45 @@ def test_without_time_there_are_rows_that_say_so(monkeypatch):
     _, rows = measured(SMALL, ["fit"], Ours("torch"))
     assert (rows[0]["rounds"], rows[0]["note"]) == (1, "the first call, which was not repeated")
     assert rows[0]["time_s"] == rows[0]["first_s"]
+
+
+def test_operations_share_the_time_and_who_does_not_fit_a_share_is_named(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(run, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    class Slow(Peer):
+        def __init__(self, name, seconds):
+            self.name, self.seconds = name, seconds
+
+        def fit(self, rows, starts, iterations):
+            def call():
+                clock[0] += self.seconds
+                return work.call()
+
+            work = PlainTorch().fit(rows, starts, iterations)
+            return Work(call, work.read)
+
+        def assign(self, rows, start):
+            return self.fit(rows, start[None], 1)
+
+    # Of 80 seconds 24 for the first calls of labels, the rest of 40 for their rounds; then of what is left again.
+    rows = []
+    peers = [Slow("first", 5.0), Slow("second", 20.0), Slow("third", 1.0)]
+    bench = Bench(CPU, peers, ROUND, rows.append, budget_s=1.0, deadline_s=80.0)
+    bench.run(SMALL, ["assign", "fit"])
+    told = {(row["op"], row["what"]): row.get("missing", row.get("note")) for row in rows}
+    once = "the first call, which was not repeated"
+    assert told == {
+        ("assign", "first"): None,
+        ("assign", "second"): once,
+        ("assign", "third"): "no time was left",
+        ("fit", "first"): None,
+        ("fit", "second"): once,
+        ("fit", "third"): None,
+    }
+    assert [row["rounds"] for row in rows if "time_s" in row] == [1, 1, 3, 1, 3]
+    assert clock[0] == 74
 
 
 def test_labels_that_repeat_leave_no_iteration_to_time():

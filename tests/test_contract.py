@@ -49,11 +49,11 @@ INTERPRETED = [
     Case(130, 1025, 129, F16, "plain", "near ties", 2, None),
     Case(65, 2049, 130, BF16, "every other row", "relu", 1, "some zero"),
 ]
-# Offsets beyond 2**32: of rows, and of features.
+# Offsets beyond 2**31 values and beyond 2**32: of rows, and of features. On a GPU they take 9 GB.
 FAR = [
     Case(1040, 8, 5, F16, "far rows", "noise", 2, "unequal"),
-    Case(1040, 130, 40, F32, "far rows", "noise", 1, None),
-    Case(70, 1040, 33, BF16, "far columns", "noise", 1, "some zero"),
+    Case(520, 130, 40, BF16, "far rows", "noise", 1, None),
+    Case(70, 1040, 33, F16, "far columns", "noise", 1, "some zero"),
 ]
 ON_A_GPU = [pytest.mark.gpu]
 # Triton's interpreter computes in NumPy, which warns of what is not a number where a device does not.
@@ -246,7 +246,7 @@ def test_every_pair_of_properties_stands_in_a_small_set(cases: list[Case], left_
 def test_far_rows_and_columns_lie_beyond_32_bits_and_hold_the_same_values() -> None:
     for case in FAR:
         x = case.rows()
-        assert max(x.stride(0) * (case.n - 1), x.stride(1) * (case.d - 1)) > 2**32
+        assert max(x.stride(0) * (case.n - 1), x.stride(1) * (case.d - 1)) > (2**32 if 1040 in x.shape else 2**31)
         assert torch.equal(x, replace(case, layout="plain").rows())
 
 

@@ -16,25 +16,29 @@ from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.predict import nearest
 from gpuclust.cluster.seeding.draws import RandomBits
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
+from gpuclust.cluster.seeding.scalable import choose_scalable
 from gpuclust.cluster.solver import budget_bytes, plan
 from gpuclust.cluster.sources.base import TensorSource, chunk_rows
 from gpuclust.errors import InputError, first_line
 
 # Whole fits of another library, outside the promise of exact labels.
 _FOREIGN = ("cuml",)
+# Clusters from which on k-means|| is measured.
+_MANY = 100
 
 
 class Ours(Peer):
-    """gpuclust's KMeans, exact, with one backend and solver."""
+    """gpuclust's KMeans, exact, with one backend and solver; with ``scalable`` seeding alone, by k-means||."""
 
     distributions = ("gpuclust",)
 
-    def __init__(self, backend: str, solver: str = "auto", x_at: str = "device") -> None:
-        self.backend, self.solver, self.x_at = backend, solver, x_at
-        self.name = f"gpuclust {solver if solver == 'dual' else backend}"
+    def __init__(self, backend: str, solver: str = "auto", x_at: str = "device", scalable: bool = False) -> None:
+        self.backend, self.solver, self.x_at, self.scalable = backend, solver, x_at, scalable
+        self.name = f"gpuclust {'k-means||' if scalable else solver if solver == 'dual' else backend}"
         self.exact = backend not in _FOREIGN
         # Of rows on the host, and of another solver, the steps are those of the first.
         self.ops = ("iteration", "fit") if solver == "dual" else ("assign", "fit") if x_at == "host" else OPS
+        self.ops = ("seed",) if scalable else self.ops
         self.note = "rows in pageable memory of the host" if x_at == "host" else ""
         self._device: torch.device | None = None
 
@@ -55,6 +59,8 @@ class Ours(Peer):
         return None
 
     def refuses(self, case: Case, device: torch.device) -> str | None:
+        if self.scalable and case.k < _MANY:
+            return f"k-means|| is for {_MANY} clusters and more"
         try:
             choose(self.backend, Problem(case.n, case.d, case.k, case.torch_dtype, device, False, case.n_init))
             if self.solver == "dual":  # measured only where "auto" may take it
@@ -120,13 +126,14 @@ class Ours(Peer):
         if not self.exact:
             return None
         source, device = TensorSource(rows.x), rows.x.device
+        choose_rows = choose_scalable if self.scalable else choose_plus_plus
         with full_precision(device):
             moments = Moments.of(source)
 
         def call() -> torch.Tensor:
             with full_precision(device):
                 bits, budget = [RandomBits(seed, 0)], budget_bytes(device.type)
-                (chosen,) = choose_plus_plus(source, moments, k, bits, None, budget)
+                (chosen,) = choose_rows(source, moments, k, bits, None, budget)
                 return source.take(torch.as_tensor(chosen, device=device))
 
         return Work(call, lambda centroids: [Found(centroids)])
@@ -153,12 +160,14 @@ class _Counted:
 
 
 def our_backends(device: torch.device) -> list[Peer]:
-    """gpuclust's adapters: the one that ``auto`` takes first, then every other, and rows of the host on a GPU."""
+    """gpuclust's adapters: the one that ``auto`` takes first, every other, k-means||, rows of the host on a GPU."""
     known = survey()
     chosen = choose("auto", Problem(1 << 20, 128, 256, torch.float32, device))[0].name
     names = [chosen, *(name for name in known if name != chosen)]
     adapters: list[Peer] = [Ours(name) for name in names]
-    adapters.append(Ours("auto", "dual"))
+    for other in adapters[1:]:
+        other.ops = tuple(op for op in OPS if op != "seed")  # it is the same with every backend
+    adapters += [Ours("auto", "dual"), Ours(chosen, scalable=True)]
     if device.type == "cuda":
         adapters.append(Ours(chosen, x_at="host"))
     return adapters
