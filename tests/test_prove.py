@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import share_of
 
+from gpuclust.bench.case import Case
 from gpuclust.bench.rows import append, new_row, read
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +170,29 @@ def test_the_latest_row_is_drawn_and_changed_checkouts_only_if_asked(tmp_path, c
     assert plot.main([str(file), "--out", str(picture), "--op", "seed"]) == 2
     assert plot.main([str(tmp_path / "nothing.csv"), "--out", str(picture)]) == 2
     assert "no measured row of seed" in capsys.readouterr().err
+
+
+def test_the_readmes_predictions_are_those_of_the_function(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    predict = load("predict")
+    told = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    lines = list(predict.table())
+    assert len(lines) == 2 + 2 * 10
+    assert "\n" + "\n".join(lines) + "\n\n" in told
+
+
+def test_a_prediction_counts_what_is_read_and_multiplied(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    predict = load("predict")
+    # Streamed rows: 45 % to 36 % of 989 TFLOP/s, after 4 bytes read and 2 written of each value at 3 TB/s.
+    wide = predict.predict(Case(65_536, 4096, 4096))
+    assert wide.first_look == pytest.approx((5.474e-3, 6.710e-3), rel=2e-3)
+    # Few clusters: the rows bound it.
+    assert predict.predict(Case(1_000_000, 128, 32)).first_look == pytest.approx([512e6 / (0.9 * 3.35e12)] * 2)
+    one, many = predict.predict(Case(5000, 64, 10)), predict.predict(Case(5000, 64, 10, batch=3))
+    assert one.iteration == (one.host, one.host)  # small: what the host issues takes longer
+    assert many.iteration == pytest.approx([3 * one.host] * 2)
+    assert many.update == pytest.approx(3 * one.update)
 
 
 def test_shapes_are_cases_and_one_that_does_not_fit_has_fewer_rows():
