@@ -15,13 +15,16 @@ import pytest
 import torch
 
 from gpuclust.bench.case import Case
-from gpuclust.bench.ceilings import Ceilings, measure
+from gpuclust.bench.ceilings import Ceilings, limit_s, measure
 from gpuclust.bench.ours import our_backends
 from gpuclust.bench.peers import all_peers
 from gpuclust.bench.rows import MEASURED, QUALITY, append, check_file, new_row
 from gpuclust.bench.run import Bench
 from gpuclust.bench.timing import Clock, spread, turn
 from gpuclust.errors import InputError
+
+# Of an operation that takes so long that no more fit ten seconds.
+LEAST_ROUNDS = 5
 
 _rows: list[dict[str, Any]] = []
 
@@ -101,6 +104,8 @@ def record(keep: Callable[[dict[str, Any]], None], device: torch.device) -> Call
         if peer_s is not None:
             row |= spread("ratio{}", np.divide(peer_s, times_s))
             row["ratio_of_medians"] = float(np.median(peer_s) / np.median(times_s))
+        if "limit_s" in row:
+            row["limit_share"] = row["limit_s"] / row["time_s"]
         keep(row)
         return row
 
@@ -122,7 +127,8 @@ def measure_case(
             rows.append(row)
             keep(row)
 
-        bench = Bench(device, [*our_backends(device), *all_peers()], _ceilings(device), tell)
+        peers = [*our_backends(device), *all_peers()]
+        bench = Bench(device, peers, ceilings_of(device), tell, least_rounds=LEAST_ROUNDS)
         benchmark.pedantic(bench.run, args=(case, ops, title), rounds=1)
         assert not bench.failures, "; ".join(bench.failures)
         return rows
@@ -130,6 +136,22 @@ def measure_case(
     return measured
 
 
+@pytest.fixture
+def limits(device: torch.device) -> Callable[[Case, int], dict[str, float]]:
+    """``limits(case, n_iter)``: columns of the least time of a fit that takes so many iterations in each restart.
+
+    Without the share: `record` adds it.
+    """
+
+    def found(case: Case, n_iter: int) -> dict[str, float]:
+        passes = n_iter * case.n_init
+        least = limit_s(ceilings_of(device), "fit", case.n, case.d, case.k, case.torch_dtype, passes)
+        assert least is not None
+        return dict(zip(("limit_s", "serial_limit_s"), least, strict=True))
+
+    return found
+
+
 @cache
-def _ceilings(device: torch.device) -> Ceilings:
+def ceilings_of(device: torch.device) -> Ceilings:
     return measure(device)

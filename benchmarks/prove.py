@@ -4,8 +4,12 @@
 
 from a bare checkout, without installation and without a network. The parts run one after another as processes of
 their own, so that a crash of one stops no other; each has a time limit, and a part that does not fit in the time left
-is named as skipped. OUT gets a log for each part, rows.csv and summary.txt. ``--device cpu`` runs the same parts at
+is named as skipped. OUT gets a log for each process, rows.csv and summary.txt. ``--device cpu`` runs the same parts at
 small shapes: a test of this command, of which nothing is claimed.
+
+The time of tests of kernels goes into compiling them for hundreds of types, widths and strides, and into their
+references on the CPU: some processes side by side take a share of these tests each. What needs the GPU or its memory
+for itself runs before, alone.
 
 Exit codes: 0 all parts passed, 1 one failed or was skipped, 2 the command cannot run here.
 """
@@ -19,6 +23,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -34,6 +39,7 @@ class Part:
     """A process: name (of its log, too), words after the interpreter, seconds, and what it adds to the environment.
 
     Where ``keep_s`` is given, the limit is all the time that is left, less these seconds for the parts that follow.
+    Of several ``shares`` each is a process, at the same time.
     """
 
     name: str
@@ -41,26 +47,30 @@ class Part:
     limit_s: float
     keep_s: float | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    shares: int = 1
 
 
 def parts(out: Path, device: str) -> Iterator[Part]:
     """The parts in their order. Limits add up to less than the default of --seconds."""
     pytest = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors")
-    gpu = {"GPUCLUST_REQUIRE_GPU": "1"} if device == "cuda" else {}
-    contract = ROOT / "tests" / "test_contract.py"
     if device == "cuda":
-        yield Part("gpu-tests", (*pytest, "-m", "gpu", "--ignore", str(contract), "tests"), 110, None, gpu)
+        gpu = {"GPUCLUST_REQUIRE_GPU": "1"}
+        kernels = tuple(f"tests/test_{name}.py" for name in ("cupy", "triton", "contract"))
+        apart = tuple(word for file in kernels for word in ("--ignore", file))
+        yield Part("gpu-tests", (*pytest, "-m", "gpu", *apart, "tests"), 70, None, gpu)
+        shares, threads = processes()
+        environment = {**gpu, "OMP_NUM_THREADS": str(threads)}
+        yield Part("kernels", (*pytest, "-m", "gpu", *kernels), 135, None, environment, shares)
     else:
-        yield Part("gpu-tests", (*pytest, "tests/test_ceilings.py", "tests/test_timing.py"), 110)
-    if contract.exists():
         # What needs no GPU is proved where there is none.
-        chosen = ("-m", "gpu") if device == "cuda" else ("-k", "torch", "-m", "not slow and not gpu")
-        yield Part("contract", (*pytest, *chosen, str(contract)), 110, None, gpu)
+        yield Part("gpu-tests", (*pytest, "tests/test_ceilings.py", "tests/test_timing.py"), 60)
+        chosen = ("-k", "torch- and x8- and not cuda", "-m", "not slow and not gpu")
+        yield Part("kernels", (*pytest, *chosen, "tests/test_contract.py"), 60, shares=2)
     rows = ("--rows", str(out / "rows.csv"), "--device", device)
     small = ("--small",) if device == "cpu" else ()
     # Peers of the CPU would take minutes at these shapes.
     peers = ("--peers", "torch,faiss-gpu,flash-kmeans,flashlib,fastkmeans,cuml") if device == "cuda" else ()
-    yield Part("rows", ("benchmarks/measure.py", *rows, *small, *peers), 205, 95 if device == "cuda" else 120)
+    yield Part("rows", ("benchmarks/measure.py", *rows, *small, *peers), 215, 95 if device == "cuda" else 120)
     yield Part(
         "demo",
         ("-m", "gpuclust", "demo", "--device", device, "--force", "--out", str(out / "demo")),
@@ -104,47 +114,65 @@ def main(words: list[str] | None = None) -> int:
                 good = False
                 continue
             limit_s = part.limit_s if part.keep_s is None else max(part.limit_s, left_s - part.keep_s)
-            told, passed = run(part, out, min(limit_s, left_s))
-            say(told)
-            good &= passed
+            for told, passed in run(part, out, min(limit_s, left_s)):
+                say(told)
+                good &= passed
         say(f"{'all parts passed' if good else 'not all parts passed'} in {monotonic() - started_s:.0f} s")
     return 0 if good else 1
 
 
-def run(part: Part, out: Path, limit_s: float) -> tuple[str, bool]:
-    """Run a part to its end or its limit: a line that tells what became of it, and whether it passed."""
-    log = out / f"{part.name}.log"
+def processes() -> tuple[int, int]:
+    """How many run side by side, and the threads of each: they keep 500 MB of the GPU and a GB of the host apiece."""
+    cores = os.cpu_count() or 1
+    count = max(1, min(10, cores - 2))
+    return count, max(1, cores // count)
+
+
+def run(part: Part, out: Path, limit_s: float) -> Iterator[tuple[str, bool]]:
+    """Run a part to its end or its limit: for each of its processes what became of it, and whether it passed."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, **part.environment, "PYTHONPATH": os.pathsep.join(paths)}
     words = list(part.words)
     if words[0] == "benchmarks/measure.py":
         words += ["--seconds", str(limit_s - 8)]
+    names = [part.name] if part.shares == 1 else [f"{part.name}-{number + 1}" for number in range(part.shares)]
     started_s = monotonic()
-    with open(log, "w", encoding="utf-8") as stream:
-        stream.write(f"{' '.join(words)}\n")
-        stream.flush()
-        process = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env=environment,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return f"stopped  {part.name}: its limit of {limit_s:.0f} s was over; {last_line(log)}", False
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    seconds = monotonic() - started_s
-    told = {0: "passed ", FIVE: "empty  "}.get(code, "FAILED ")
-    reason = "" if code == 0 else f" with exit code {code}"
-    return f"{told}  {part.name}{reason}: {seconds:.0f} s; {last_line(log)}", code == 0
+    with ExitStack() as running:
+        processes = []
+        for number, name in enumerate(names):
+            own = [*words, "--share", f"{number + 1}/{part.shares}"] if part.shares > 1 else words
+            stream = running.enter_context(open(out / f"{name}.log", "w", encoding="utf-8"))
+            stream.write(f"{' '.join(own)}\n")
+            stream.flush()
+            process = subprocess.Popen(
+                [sys.executable, *own],
+                cwd=ROOT,
+                env=environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            running.callback(end, process)
+            processes.append(process)
+        for name, process in zip(names, processes, strict=True):
+            log = out / f"{name}.log"
+            try:
+                code = process.wait(max(0.0, limit_s - (monotonic() - started_s)))
+            except subprocess.TimeoutExpired:
+                end(process)
+                yield f"stopped  {name}: its limit of {limit_s:.0f} s was over; {last_line(log)}", False
+                continue
+            told = {0: "passed ", FIVE: "empty  "}.get(code, "FAILED ")
+            reason = "" if code == 0 else f" with exit code {code}"
+            yield f"{told}  {name}{reason}: {monotonic() - started_s:.0f} s; {last_line(log)}", code == 0
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process that has not ended, and all that it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def last_line(log: Path) -> str:

@@ -10,18 +10,28 @@ import torch
 
 
 def reference_dist2(x: Any, centroids: Any) -> np.ndarray:
-    """Squared distances (n, k): float64, difference form, the upper half added to the lower until one is left."""
-    rows, centres = as_float64(x), as_float64(centroids)
-    out = np.empty((len(rows), len(centres)))
-    size = max(1, (1 << 21) // centres.size)
-    for start in range(0, len(rows), size):
-        terms = np.square(rows[start : start + size, None, :] - centres[None])
-        length = terms.shape[-1]
-        while length > 1:
-            half = (length + 1) // 2
-            terms[..., : length - half] += terms[..., half:length]
-            length = half
-        out[start : start + size] = terms[..., 0]
+    """Squared distances (n, k): float64, difference form, the upper half added to the lower until one is left.
+
+    By NumPy; of rows on a GPU there, by one operation of torch's after the other.
+    """
+    on_gpu = isinstance(x, torch.Tensor) and x.is_cuda
+    rows = x.double() if on_gpu else as_float64(x)
+    centres = torch.as_tensor(centroids).double().to(x.device) if on_gpu else as_float64(centroids)
+    (n, d), k = rows.shape, len(centres)
+    most = 1 << (26 if on_gpu else 17)  # values that keep a GPU busy, or that a cache holds
+    across = min(k, max(1, most // d))
+    down = max(1, most // d // across)
+    out = np.empty((n, k))
+    for start in range(0, n, down):
+        for first in range(0, k, across):
+            terms: Any = rows[start : start + down, None] - centres[None, first : first + across]
+            terms *= terms
+            length = d
+            while length > 1:
+                half = (length + 1) // 2
+                terms[..., : length - half] += terms[..., half:length]
+                length = half
+            out[start : start + down, first : first + across] = as_float64(terms[..., 0])
     return out
 
 

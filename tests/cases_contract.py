@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import mmap
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,10 @@ PROPERTIES: dict[str, tuple[Any, ...]] = {
     "restarts": (1, 3),
     "weights": (None, "some zero", "unequal"),
 }
+# Values between neighbours of the layouts "far rows" and "far columns"; 1025 of them lie beyond 2**32 values.
+APART = 1 << 22
+# What the cost of a case depends on.
+SIZE = ("n", "d", "k", "restarts")
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,6 @@ class Case:
         parts = (f"{self.n}x{self.d}", f"k{self.k}", f"r{self.restarts}", dtype, self.layout, self.kind, self.weights)
         return "-".join(str(part).replace(" ", "_") for part in parts)
 
-    @property
-    def products(self) -> int:
-        """Multiplications of one pass."""
-        return self.n * self.d * self.k * self.restarts
-
     def rows(self, device: str = "cpu") -> torch.Tensor:
         """X (n, d) in its layout."""
         x = self._values().to(self.dtype).to(device)
@@ -57,6 +60,8 @@ class Case:
             return torch.stack([x, torch.full_like(x, torch.nan)], 1).flatten(0, 1)[::2]
         if self.layout == "part of the columns":
             return torch.cat([torch.full_like(x[:, :1], torch.nan), x, x[:, :1]], 1)[:, 1:-1]
+        if self.layout in ("far rows", "far columns"):
+            return far(x) if self.layout == "far rows" else far(x.t()).t()
         return x[:1].expand(self.n, -1) if self.layout == "one row repeated" else x
 
     def _values(self) -> torch.Tensor:
@@ -96,39 +101,86 @@ class Case:
         return torch.from_numpy(values).to(device)
 
 
-def covering(most_products: int = 12_000_000) -> list[Case]:
-    """Cases in which every pair of values of two properties stands, but for what is too large or senseless."""
-    names = list(PROPERTIES)
+def far(x: torch.Tensor) -> torch.Tensor:
+    """``x`` (n, d) with `APART` values from a row to the next: no memory is touched but that of the rows themselves."""
+    size = len(x) * APART
+    if x.device.type == "cpu":
+        with tempfile.TemporaryFile() as file:
+            file.truncate(size * x.element_size())  # with holes: none of it is on the disk
+            values = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=x.dtype)
+    else:
+        values = torch.empty(size, dtype=x.dtype, device=x.device)
+    return values.as_strided(x.shape, (APART, 1)).copy_(x)
+
+
+def products(n: int, d: int, k: int, restarts: int) -> float:
+    """What the checks of a case cost in NumPy, in products of a pass (3 ns): each value of X is one of many sums."""
+    return n * d * (k * restarts + 64)
+
+
+def kernel_products(n: int, d: int, k: int, restarts: int) -> float:
+    """The same where the products are a GPU's, and the reference distances too: some values of X cost the most."""
+    return n * d * (k * restarts / 32 + 64)
+
+
+def interpreted(n: int, d: int, k: int, restarts: int) -> float:
+    """Steps of all programs of Triton's kernels, over blocks of rows, centroids and features: 7 ms each interpreted."""
+    rows, clusters, features = (128, 32, 128) if d <= 128 else (128 if d <= 1024 else 64, 128, 32)
+    look = ceil(n / rows) * ceil(k / clusters) * ceil(d / features)
+    return restarts * (look + ceil(n / 16) * ceil(d / 128))
+
+
+def covering(cost: Callable[[int, int, int, int], float], limits: Sequence[float]) -> list[Case]:
+    """Cases in which every pair of values of two properties stands that some case of at most the last limit has.
+
+    What needs no more is covered by cases that cost no more than the first limit, and so on: the largest are few.
+    """
     rng = np.random.RandomState(0)
-    wanted = {
-        frozenset([(a, x), (b, y)])
-        for a, b in itertools.combinations(names, 2)
-        for x in PROPERTIES[a]
-        for y in PROPERTIES[b]
-    }
-    cases: list[Case] = []
-    failed = 0
-    while wanted and failed < 400:
-        best, gain = None, 0
-        start = sorted(wanted, key=lambda pair: sorted(map(str, pair)))[rng.randint(len(wanted))]
-        for _ in range(40):
-            values = {name: options[rng.randint(len(options))] for name, options in PROPERTIES.items()} | dict(start)
-            covered = len(wanted & _pairs(values))
-            if covered > gain and (case := _case(values)) and case.products <= most_products:
-                best, gain, chosen = case, covered, values
-        if best is None:
-            failed += 1
-            wanted.discard(start) if failed % 20 == 0 else None
-            continue
-        cases.append(best)
-        wanted -= _pairs(chosen)
+    wanted, cases = all_pairs(), list[Case]()
+    for limit in limits:
+        sizes = [size for size in _sizes() if _cost(cost, size) <= limit]
+        parts = {frozenset(part) for size in sizes for count in range(3) for part in combinations(size.items(), count)}
+        left = {pair for pair in wanted if frozenset(item for item in pair if item[0] in SIZE) in parts}
+        while left:
+            pair = dict(sorted(left, key=lambda pair: sorted(map(str, pair)))[rng.randint(len(left))])
+            fitting = [size for size in sizes if all(size.get(name, value) == value for name, value in pair.items())]
+            tries = [_draw(rng) | fitting[rng.randint(len(fitting))] | pair for _ in range(120)]
+            best = max(tries, key=lambda values: (len(wanted & pairs(values)), -_cost(cost, values)))
+            cases.append(Case(**best | {"k": _clusters(best)}))
+            wanted -= pairs(best)
+            left -= pairs(best)
     return cases
 
 
-def _pairs(values: dict[str, Any]) -> set[frozenset[tuple[str, Any]]]:
-    return {frozenset(pair) for pair in itertools.combinations(values.items(), 2)}
+def all_pairs() -> set[frozenset[tuple[str, Any]]]:
+    """Every pair of values of two properties."""
+    values = [(name, value) for name, options in PROPERTIES.items() for value in options]
+    return {frozenset(pair) for pair in combinations(values, 2) if pair[0][0] != pair[1][0]}
 
 
-def _case(values: dict[str, Any]) -> Case | None:
-    k = values["n"] if values["k"] == "n" else values["k"]
-    return None if k > values["n"] else Case(**{**values, "k": k})
+def covered(case: Case) -> set[frozenset[tuple[str, Any]]]:
+    """The pairs that stand in a case; k is a number, and "n" where it is n."""
+    values = vars(case)
+    return pairs(values) | (pairs(values | {"k": "n"}) if case.k == case.n else set())
+
+
+def pairs(values: dict[str, Any]) -> set[frozenset[tuple[str, Any]]]:
+    return {frozenset(pair) for pair in combinations(values.items(), 2)}
+
+
+def _sizes() -> list[dict[str, Any]]:
+    """The values of what a case's cost depends on, together, but for more clusters than rows."""
+    every = (dict(zip(SIZE, values, strict=True)) for values in product(*(PROPERTIES[name] for name in SIZE)))
+    return [size for size in every if _clusters(size) <= size["n"]]
+
+
+def _cost(cost: Callable[[int, int, int, int], float], values: dict[str, Any]) -> float:
+    return cost(values["n"], values["d"], _clusters(values), values["restarts"])
+
+
+def _clusters(values: dict[str, Any]) -> int:
+    return values["n"] if values["k"] == "n" else values["k"]
+
+
+def _draw(rng: np.random.RandomState) -> dict[str, Any]:
+    return {name: options[rng.randint(len(options))] for name, options in PROPERTIES.items()}

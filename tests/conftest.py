@@ -85,6 +85,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(reason)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", metavar="I/N", help="the Ith of N shares of the tests, for N processes side by side")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if share := config.getoption("--share"):
+        kept = share_of(items, share)
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
+
+def share_of(items: list[Any], share: str) -> list[Any]:
+    """Dozens of items in turn: neighbours, which share what is cached, mostly stay together."""
+    number, count = map(int, share.split("/"))
+    return [item for place, item in enumerate(items) if place // 12 % count == number - 1]
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A Chromium without windows, for tests marked browser."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import math
 from time import monotonic
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gpuclust.bench import command, run
+from gpuclust.bench import command, run, timing
 from gpuclust.bench.case import Case
 from gpuclust.bench.ceilings import Ceilings
 from gpuclust.bench.ours import Ours
@@ -92,9 +93,11 @@ def test_a_whole_run_with_scikit_learn_and_torch():
         # 4 iterations of 2 * 600 * 8 * 6 operations, or of reading 600 * 8 * 4 bytes
         assert fit["limit_s"] == pytest.approx(4 * max(57_600 / 1e11, 19_200 / 1e10))
         assert fit["limit_share"] == pytest.approx(fit["limit_s"] / fit["time_s"])
-        assert "peak_bytes" not in fit
+        assert all(0 <= by[op, what].get("peak_bytes", 0) < 1 << 30 for op in ("assign", "fit"))
     ours = by["fit", "gpuclust torch"]
     assert 0 <= ours["recheck_share"] < 1
+    assert by["assign", "gpuclust torch"]["recheck_share"] == 0
+    assert all("limit_share" in row for row in rows if "time_s" in row)
     assert "ratio" not in ours
     for what in ("scikit-learn", "torch"):
         assert by["fit", what]["beside"] == "gpuclust torch"
@@ -109,6 +112,16 @@ def test_a_whole_run_with_scikit_learn_and_torch():
     assert "0 of 600" in text
     assert "ratio: time over that of gpuclust torch" in text
     assert text.count("not measured:") >= 2
+
+
+def test_the_share_that_the_reference_distance_decided_of_labels_alone():
+    x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 0
+    one = torch.tensor([[1.0, 0.0, 0.0]])
+    for other, share in ((-one, 1.0), (one + 100, 0.0)):  # as near for every row, and for none
+        work = Ours("torch").assign(Stored(x), torch.cat([one, other]))
+        (found,) = work.read(work.call())
+        assert (found.recheck_share, found.labels.unique().tolist()) == (share, [0])
 
 
 def test_the_best_restart_counts_and_problems_add_up():
@@ -208,6 +221,45 @@ def test_without_time_there_are_rows_that_say_so(monkeypatch):
     _, rows = measured(SMALL, ["fit"], Ours("torch"))
     assert (rows[0]["rounds"], rows[0]["note"]) == (1, "the first call, which was not repeated")
     assert rows[0]["time_s"] == rows[0]["first_s"]
+
+
+def test_operations_share_the_time_and_who_does_not_fit_a_share_is_named(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(run, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    class Slow(Peer):
+        def __init__(self, name, seconds):
+            self.name, self.seconds = name, seconds
+
+        def fit(self, rows, starts, iterations):
+            def call():
+                clock[0] += self.seconds
+                return work.call()
+
+            work = PlainTorch().fit(rows, starts, iterations)
+            return Work(call, work.read)
+
+        def assign(self, rows, start):
+            return self.fit(rows, start[None], 1)
+
+    # Of 80 seconds 24 for the first calls of labels, the rest of 40 for their rounds; then of what is left again.
+    rows = []
+    peers = [Slow("first", 5.0), Slow("second", 20.0), Slow("third", 1.0)]
+    bench = Bench(CPU, peers, ROUND, rows.append, budget_s=1.0, deadline_s=80.0)
+    bench.run(SMALL, ["assign", "fit"])
+    told = {(row["op"], row["what"]): row.get("missing", row.get("note")) for row in rows}
+    once = "the first call, which was not repeated"
+    assert told == {
+        ("assign", "first"): None,
+        ("assign", "second"): once,
+        ("assign", "third"): "no time was left",
+        ("fit", "first"): None,
+        ("fit", "second"): once,
+        ("fit", "third"): None,
+    }
+    assert [row["rounds"] for row in rows if "time_s" in row] == [1, 1, 3, 1, 3]
+    assert clock[0] == 74
 
 
 def test_labels_that_repeat_leave_no_iteration_to_time():

@@ -44,7 +44,8 @@ def test_limits_of_an_operation():
         assert serial == pytest.approx(repeats * (product_s + 2 * pass_s + epilogue_s))
     assert limit_s(ROUND, "update", n, d, k, torch.float16) == pytest.approx((pass_s, pass_s))
     assert limit_s(ROUND, "assign", n, d, k, torch.float16)[1] == pytest.approx(product_s + pass_s + epilogue_s)
-    assert limit_s(ROUND, "seed", n, d, k, torch.float16) is None
+    assert limit_s(ROUND, "seed", n, d, k, torch.float16) == pytest.approx((pass_s, product_s + pass_s + epilogue_s))
+    assert limit_s(ROUND, "capture", n, d, k, torch.float16) is None
 
 
 def test_float32_may_be_proposed_in_tf32_and_few_clusters_are_bound_by_memory():

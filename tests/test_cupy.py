@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases_cluster import KINDS, mislabelled, rows
+from cases_contract import far
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from on_host import HostLauncher
@@ -272,6 +273,28 @@ def test_rows_of_any_strides_are_read_where_they_lie(device: torch.device, make:
         for shared_bytes in shared:
             labels, _ = assigned(make(shared_bytes), x, centroids)
             assert mislabelled(labels[0], x, centroids[0]) == 0
+
+
+@pytest.mark.parametrize(("n", "d", "shared_bytes"), [(1040, 3, None), (1040, 3, TOO_LITTLE), (40, 1040, LITTLE)])
+def test_rows_and_features_beyond_32_bits_are_read_where_they_lie(
+    n: int, d: int, shared_bytes: int | None, device: torch.device, make: Make
+) -> None:
+    near = rows("noise", n, d, torch.float16).to(device)
+    x = far(near) if n > d else far(near.t()).t()
+    assert max(x.stride(0) * (n - 1), x.stride(1) * (d - 1)) > 2**32
+    backend, centroids = make(shared_bytes), seeds(near, 1, 4)
+    labels, _ = assigned(backend, x, centroids)
+    assert mislabelled(labels[0], near, centroids[0]) == 0
+    grid, found = Grid.of(near.abs().amax(0), n, x.dtype), []
+    for one, read in ((TorchBackend(), near), (backend, x)):
+        sums = torch.zeros(grid.levels, 1, 4, d, dtype=torch.float64, device=device)
+        counts = torch.zeros(1, 4, dtype=torch.float64, device=device)
+        given = labels.to(device)
+        one.accumulate(read, None, grid, given, None, sums, counts)
+        one.accumulate(read, None, grid, given.roll(1, 1), given, sums, counts)
+        found.append((sums, counts))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

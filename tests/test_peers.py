@@ -140,6 +140,25 @@ def test_every_backend_of_the_survey_is_measured():
         assert Ours(name).unavailable(CPU) == reason
 
 
+def test_seeding_is_measured_once_and_for_many_clusters_by_k_means_parallel_too():
+    backends = our_backends(CPU)
+    assert [peer.name for peer in backends if "seed" in peer.ops] == ["gpuclust torch", "gpuclust k-means||"]
+    scalable = next(peer for peer in backends if peer.name == "gpuclust k-means||")
+    assert scalable.ops == ("seed",)
+    assert "100 clusters and more" in scalable.refuses(Case(500, 4, 99), CPU)
+    many = Case(3000, 4, 120)
+    assert scalable.refuses(many, CPU) is None
+    x = make_rows(many, CPU).x[0]
+    seeds = []
+    for peer in (backends[0], scalable):
+        work = peer.seed(Stored(x), many.k, 0)
+        (found,) = work.read(work.call())
+        assert len(found.centroids.unique(dim=0)) == many.k
+        assert bool((found.centroids[:, None] == x[None]).all(2).any(1).all())
+        seeds.append(found.centroids)
+    assert not torch.equal(*seeds)
+
+
 def test_peers_and_operations_are_chosen_by_name():
     assert [peer.name for peer in choose_peers("scikit-learn, torch")] == ["torch", "scikit-learn"]
     assert choose_peers("none") == []

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import share_of
 
+from gpuclust.bench.case import Case
 from gpuclust.bench.rows import append, new_row, read
 
 ROOT = Path(__file__).parents[1]
@@ -66,8 +68,8 @@ def test_a_part_that_crashes_hangs_or_has_no_time_stops_no_other(prove, tmp_path
 
     monkeypatch.setattr(prove, "parts", parts)
     monkeypatch.setattr(prove, "LEAST_S", 0.0)
-    # Asked once at the start, and three times for each part, but twice for one that is stopped; then time is up.
-    seconds = iter([0.0] * 12)
+    # Asked once at the start, and four times for each part, but three times for one that is stopped; then time is up.
+    seconds = iter([0.0] * 16)
     monkeypatch.setattr(prove, "monotonic", lambda: next(seconds, 1000.0))
     assert prove.main([str(tmp_path / "out"), "--device", "cpu", "--seconds", "500"]) == 1
     summary = (tmp_path / "out" / "summary.txt").read_text()
@@ -83,24 +85,59 @@ def test_a_part_that_crashes_hangs_or_has_no_time_stops_no_other(prove, tmp_path
     assert {file.stem for file in (tmp_path / "out").glob("*.log")} == set(code) - {"late"}
 
 
+def test_shares_of_a_part_run_at_once_and_one_that_hangs_is_stopped_alone(prove, tmp_path, monkeypatch):
+    text = """
+import pathlib, sys, time
+number = sys.argv[2].partition("/")[0]
+pathlib.Path(number).touch()
+while len(list(pathlib.Path().glob("[123]"))) < 3:
+    time.sleep(0.01)
+print("met", *sys.argv[1:], flush=True)
+time.sleep(600 if number == "2" else 0)
+sys.exit(number == "3")
+"""
+    monkeypatch.setattr(prove, "ROOT", tmp_path)
+    told = dict(enumerate(prove.run(prove.Part("many", ("-c", text), 9.0, shares=3), tmp_path, 6.0), 1))
+    assert [passed for _, passed in told.values()] == [True, False, False]
+    assert told[1][0].startswith("passed   many-1: ")
+    assert told[1][0].endswith("; met --share 1/3")
+    assert told[2][0] == "stopped  many-2: its limit of 6 s was over; met --share 2/3"
+    assert told[3][0].startswith("FAILED   many-3 with exit code 1: ")
+
+
+def test_shares_are_all_tests_and_each_once():
+    for count in (1, 3, 10):
+        shares = [share_of(list(range(500)), f"{number + 1}/{count}") for number in range(count)]
+        assert sorted(item for share in shares for item in share) == list(range(500))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 12
+
+
 def test_limits_leave_every_part_its_time(prove, tmp_path):
     parts = list(prove.parts(tmp_path, "cuda"))
-    assert [part.name for part in parts if part.name != "contract"] == ["gpu-tests", "rows", "demo", "benchmarks"]
+    assert [part.name for part in parts] == ["gpu-tests", "kernels", "rows", "demo", "benchmarks"]
     assert sum(part.limit_s for part in parts) <= 520
     (rows,) = (part for part in parts if part.name == "rows")
     after = parts[parts.index(rows) + 1 :]
     assert rows.keep_s >= sum(part.limit_s for part in after)
 
 
+def test_the_tests_of_a_gpu_are_all_chosen_once(prove, tmp_path):
+    alone, together, *_ = prove.parts(tmp_path, "cuda")
+    assert [word for word in alone.words if word.startswith("tests/")] == list(together.words[-3:])
+    assert all((ROOT / file).is_file() for file in together.words[-3:])
+    assert alone.words[-1] == "tests"
+    assert alone.environment["GPUCLUST_REQUIRE_GPU"] == together.environment["GPUCLUST_REQUIRE_GPU"] == "1"
+
+
 @pytest.mark.slow
 def test_the_whole_command_at_small_shapes(tmp_path):
     out = tmp_path / "out"
-    done = call("prove.py", out, "--device", "cpu", "--parts", "rows,demo", "--seconds", 280, timeout_s=290)
+    done = call("prove.py", out, "--device", "cpu", "--parts", "kernels,rows,demo", "--seconds", 280, timeout_s=290)
     logs = "".join(file.read_text() for file in out.glob("*.log"))
     assert done.returncode == 0, done.stdout + logs
     assert "all parts passed" in (out / "summary.txt").read_text()
     measured = [row for row in read(out / "rows.csv") if row["time_s"]]
-    assert {row["op"] for row in measured} >= {"assign", "update", "fit", "seed"}
+    assert {row["op"] for row in measured} >= {"assign", "update", "iteration", "fit", "seed"}
     assert {row["what"] for row in measured} >= {"gpuclust torch", "torch", "scikit-learn"}
     assert {row["dtype"] for row in measured} == {"float32", "float16"}
     assert all(row["mislabel_rate"] in ("", "0.0") for row in measured if row["what"].startswith("gpuclust"))
@@ -133,6 +170,29 @@ def test_the_latest_row_is_drawn_and_changed_checkouts_only_if_asked(tmp_path, c
     assert plot.main([str(file), "--out", str(picture), "--op", "seed"]) == 2
     assert plot.main([str(tmp_path / "nothing.csv"), "--out", str(picture)]) == 2
     assert "no measured row of seed" in capsys.readouterr().err
+
+
+def test_the_readmes_predictions_are_those_of_the_function(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    predict = load("predict")
+    told = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    lines = list(predict.table())
+    assert len(lines) == 2 + 2 * 10
+    assert "\n" + "\n".join(lines) + "\n\n" in told
+
+
+def test_a_prediction_counts_what_is_read_and_multiplied(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    predict = load("predict")
+    # Streamed rows: 45 % to 36 % of 989 TFLOP/s, after 4 bytes read and 2 written of each value at 3 TB/s.
+    wide = predict.predict(Case(65_536, 4096, 4096))
+    assert wide.first_look == pytest.approx((5.474e-3, 6.710e-3), rel=2e-3)
+    # Few clusters: the rows bound it.
+    assert predict.predict(Case(1_000_000, 128, 32)).first_look == pytest.approx([512e6 / (0.9 * 3.35e12)] * 2)
+    one, many = predict.predict(Case(5000, 64, 10)), predict.predict(Case(5000, 64, 10, batch=3))
+    assert one.iteration == (one.host, one.host)  # small: what the host issues takes longer
+    assert many.iteration == pytest.approx([3 * one.host] * 2)
+    assert many.update == pytest.approx(3 * one.update)
 
 
 def test_shapes_are_cases_and_one_that_does_not_fit_has_fewer_rows():

@@ -81,12 +81,15 @@ def limit_s(
 
     Parameters
     ----------
-    op : {"assign", "update", "iteration", "fit"}
-        "fit" is ``repeats`` iterations. For any other operation there is no limit: None.
+    op : {"assign", "update", "iteration", "fit", "seed"}
+        "fit" is ``repeats`` iterations. Seeding reads each row at least once; one thing after the other, it finds the
+        distance of each row to each centroid, too, as k-means++ does. For any other operation there is no limit: None.
     """
     product_s = 2 * n * k * d / ceilings.product_rate(str(dtype).removeprefix("torch."))
     pass_s = n * d * dtype.itemsize / ceilings.copy_bytes_per_s
     epilogue_s = n * k / ceilings.pairs_per_s if ceilings.pairs_per_s else 0.0
+    if op == "seed":
+        return repeats * pass_s, repeats * (product_s + pass_s + epilogue_s)
     if op == "update":
         return repeats * pass_s, repeats * pass_s
     if op == "assign":

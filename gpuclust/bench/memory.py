@@ -1,30 +1,61 @@
-"""What a call takes on a GPU, above what was held before it."""
+"""What a call takes above what was held before it: on a GPU, or of the process's memory."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from pathlib import Path
+
 import torch
+
+_PROCESS = Path("/proc/self")
 
 
 class PeakMemory:
     """Begin before the call; `peak_bytes` after it, while what it returned is still held.
 
-    Where torch allocates it is the peak; for a library with an allocator of its own, which keeps what it once had, it
-    is how much less is free.
+    On a GPU, where torch allocates, it is torch's peak; for a library with an allocator of its own, which keeps what it
+    once had, it is how much less is free. On a CPU it is the kernel's own record of the most that the process had in
+    memory (Linux's VmHWM, which is set back before the call; nothing is sampled), pages of mapped files among it.
     """
 
     def __init__(self, device: torch.device, by_torch: bool) -> None:
         self._device, self._by_torch = device, by_torch
-        self._before = 0
+        self._before: int | None
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device) if by_torch else torch.cuda.mem_get_info(device)[0]
+        else:
+            self._before = _begin()
 
     def peak_bytes(self) -> int | None:
-        """None where it cannot be told: on a CPU."""
-        if self._device.type != "cuda":
+        """None where it cannot be told: on a CPU whose system keeps no such record, or lets nobody set it back."""
+        if self._before is None:
             return None
+        if self._device.type != "cuda":
+            return max(0, _of_process("VmHWM") - self._before)
         if self._by_torch:
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return max(0, self._before - torch.cuda.mem_get_info(self._device)[0])
+
+
+def _begin() -> int | None:
+    """Set the record of the process's memory back to what it holds now: bytes."""
+    gc.collect()
+    # What the C library keeps of memory that was freed would hide what the call takes: glibc gives it back.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    try:
+        (_PROCESS / "clear_refs").write_text("5")
+        return _of_process("VmRSS")
+    except OSError:
+        return None
+
+
+def _of_process(name: str) -> int:
+    """A value of /proc/self/status in bytes."""
+    lines = (_PROCESS / "status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

@@ -11,30 +11,35 @@ from gpuclust.bench.case import Case
 from gpuclust.bench.peers import OPS, Found, Peer, Stored, Work
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose, survey
-from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.backends.base import Backend, Problem
 from gpuclust.cluster.memory import default_limit, primal_needs
 from gpuclust.cluster.moments import Moments
+from gpuclust.cluster.predict import nearest
 from gpuclust.cluster.seeding.draws import RandomBits
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
+from gpuclust.cluster.seeding.scalable import choose_scalable
 from gpuclust.cluster.solver import plan
 from gpuclust.cluster.sources.base import TensorSource, chunk_rows
 from gpuclust.errors import InputError, first_line
 
 # Whole fits of another library, outside the promise of exact labels.
 _FOREIGN = ("cuml",)
+# Clusters from which on k-means|| is measured.
+_MANY = 100
 
 
 class Ours(Peer):
-    """gpuclust's KMeans, exact, with one backend and solver."""
+    """gpuclust's KMeans, exact, with one backend and solver; with ``scalable`` seeding alone, by k-means||."""
 
     distributions = ("gpuclust",)
 
-    def __init__(self, backend: str, solver: str = "auto", x_at: str = "device") -> None:
-        self.backend, self.solver, self.x_at = backend, solver, x_at
-        self.name = f"gpuclust {solver if solver == 'dual' else backend}"
+    def __init__(self, backend: str, solver: str = "auto", x_at: str = "device", scalable: bool = False) -> None:
+        self.backend, self.solver, self.x_at, self.scalable = backend, solver, x_at, scalable
+        self.name = f"gpuclust {'k-means||' if scalable else solver if solver == 'dual' else backend}"
         self.exact = backend not in _FOREIGN
         # Of rows on the host, and of another solver, the steps are those of the first.
         self.ops = ("iteration", "fit") if solver == "dual" else ("assign", "fit") if x_at == "host" else OPS
+        self.ops = ("seed",) if scalable else self.ops
         self.note = "rows in pageable memory of the host" if x_at == "host" else ""
         self._device: torch.device | None = None
 
@@ -55,6 +60,8 @@ class Ours(Peer):
         return None
 
     def refuses(self, case: Case, device: torch.device) -> str | None:
+        if self.scalable and case.k < _MANY:
+            return f"k-means|| is for {_MANY} clusters and more"
         try:
             problem = Problem(case.n, case.d, case.k, case.torch_dtype, device, False, case.n_init)
             choose(self.backend, problem)
@@ -80,7 +87,20 @@ class Ours(Peer):
         x = rows.x if self.x_at == "device" else rows.host
         model = self._model(len(start))
         model.cluster_centers_, model.n_features_in_ = start, start.shape[1]
-        return Work(lambda: model.predict(x), lambda labels: [Found(labels=labels)])
+        return Work(
+            lambda: model.predict(x),
+            lambda labels: [Found(labels=labels, recheck_share=self._recheck_share(rows.x, start))],
+        )
+
+    def _recheck_share(self, x: torch.Tensor, start: torch.Tensor) -> float | None:
+        """Share of the labels of an `assign` that the reference distance decides; nobody is told it, so once more."""
+        if not self.exact:
+            return None
+        (n, d), k = x.shape, len(start)
+        counted = _Counted(choose(self.backend, Problem(n, d, k, x.dtype, x.device))[0])
+        with full_precision(x.device):
+            nearest(TensorSource(x), start, counted)
+        return counted.decided / n
 
     def update(self, rows: Stored, labels: torch.Tensor, start: torch.Tensor) -> Work | None:
         if not self.exact:
@@ -108,6 +128,7 @@ class Ours(Peer):
         if not self.exact:
             return None
         source, device = TensorSource(rows.x), rows.x.device
+        choose_rows = choose_scalable if self.scalable else choose_plus_plus
         with full_precision(device):
             moments = Moments.of(source)
 
@@ -116,7 +137,7 @@ class Ours(Peer):
                 problem = Problem(*source.shape, k, source.dtype, device)
                 needs = primal_needs(problem, problem.n)
                 share = needs.within(default_limit(problem, problem.n, needs), 1)
-                (chosen,) = choose_plus_plus(source, moments, k, [RandomBits(seed, 0)], None, share.spare_bytes)
+                (chosen,) = choose_rows(source, moments, k, [RandomBits(seed, 0)], None, share.spare_bytes)
                 return source.take(torch.as_tensor(chosen, device=device))
 
         return Work(call, lambda centroids: [Found(centroids)])
@@ -127,13 +148,30 @@ class Ours(Peer):
         )
 
 
+class _Counted:
+    """A backend, and how many labels the reference distance decided in it."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self.decided = backend, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def assign(self, *given: Any) -> torch.Tensor:
+        count = self._backend.assign(*given)
+        self.decided += int(count)
+        return count
+
+
 def our_backends(device: torch.device) -> list[Peer]:
-    """gpuclust's adapters: the one that ``auto`` takes first, then every other, and rows of the host on a GPU."""
+    """gpuclust's adapters: the one that ``auto`` takes first, every other, k-means||, rows of the host on a GPU."""
     known = survey()
     chosen = choose("auto", Problem(1 << 20, 128, 256, torch.float32, device))[0].name
     names = [chosen, *(name for name in known if name != chosen)]
     adapters: list[Peer] = [Ours(name) for name in names]
-    adapters.append(Ours("auto", "dual"))
+    for other in adapters[1:]:
+        other.ops = tuple(op for op in OPS if op != "seed")  # it is the same with every backend
+    adapters += [Ours("auto", "dual"), Ours(chosen, scalable=True)]
     if device.type == "cuda":
         adapters.append(Ours(chosen, x_at="host"))
     return adapters

@@ -27,6 +27,8 @@ from gpuclust.errors import first_line, is_out_of_memory
 BUDGET_S = 10.0
 # A call that took longer is not repeated.
 LONG_S = 60.0
+# Share of an operation's time that is kept for its rounds, when first calls take long.
+_FOR_ROUNDS = 0.4
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -45,9 +47,12 @@ class Bench:
     tell : Callable
         Takes each row when it is complete.
     budget_s, deadline_s : float
-        Seconds for the rounds of an operation; what `monotonic` must not pass: what is left then is a row that says so.
+        Seconds for the rounds of an operation; what `monotonic` must not pass. The operations share what is left until
+        then, and who does not fit an operation's share is a row that says so.
     failures : list of str
         Wrong labels and errors of gpuclust's, filled by `run`.
+    least_rounds : int
+        Of an operation, whatever the budget; 1 where they do not fit the deadline.
     """
 
     device: torch.device
@@ -57,6 +62,7 @@ class Bench:
     budget_s: float = BUDGET_S
     deadline_s: float = float("inf")
     failures: list[str] = field(default_factory=list)
+    least_rounds: int = 3
 
     def run(self, case: Case, ops: Sequence[str], title: str | None = None) -> None:
         """Measure ``ops`` of one case; see `gpuclust.bench.peers.OPS`."""
@@ -72,28 +78,34 @@ class Bench:
                 self._missing(peer, "", reason)
             else:
                 able.append(peer)
-        for op in ops:
-            self._measure(op, able)
+        for number, op in enumerate(ops):
+            left_s = self.deadline_s - monotonic()
+            self._measure(op, able, monotonic() + left_s / (len(ops) - number))
 
     # ---- inside
 
-    def _measure(self, op: str, peers: Sequence[Peer]) -> None:
+    def _measure(self, op: str, peers: Sequence[Peer], until_s: float) -> None:
+        """The rows of one operation, of as many peers as fit the time, in their order."""
         entries = []
+        first_until_s = monotonic() + (1 - _FOR_ROUNDS) * (until_s - monotonic())
         for peer in (peer for peer in peers if op in peer.ops):
-            if monotonic() > self.deadline_s:
+            if monotonic() > first_until_s:
                 self._missing(peer, op, "no time was left")
                 continue
-            entry = self._first(op, peer)
+            entry = self._first(op, peer, first_until_s)
             if entry:
                 entries.append(entry)
-        repeated = [entry for entry in entries if entry.first_s <= LONG_S]
+        left_s = until_s - monotonic()
+        repeated, once_s = list[_Entry](), 0.0
+        for entry in entries:
+            if entry.first_s <= LONG_S and once_s + entry.again_s <= left_s:
+                repeated.append(entry)
+                once_s += entry.again_s
         calls = [call for entry in repeated for call in entry.calls]
         safe = [Guarded(call, not entry.peer.torch_memory) for entry in repeated for call in entry.calls]
         times: dict[int, list[float]] = {id(call): [] for call in calls}
-        left_s = self.deadline_s - monotonic()
-        if calls and left_s > 0:
-            once_s = sum(entry.again_s for entry in repeated)
-            least = 3 if 3 * once_s < left_s else 1
+        if calls:
+            least = self.least_rounds if self.least_rounds * once_s < left_s else 1
             rounds = rounds_for(once_s, min(self.budget_s, left_s), least)
             measured = in_turn(self._clock, safe, rounds)
             times = {id(call): seconds for call, seconds in zip(calls, measured, strict=True)}
@@ -103,7 +115,7 @@ class Bench:
         for entry in entries:
             base = self._row(op, entry, [times.get(id(call), []) for call in entry.calls], base)
 
-    def _first(self, op: str, peer: Peer) -> _Entry | None:
+    def _first(self, op: str, peer: Peer, until_s: float) -> _Entry | None:
         """The first call of an operation: what it finds, how good that is, how long it takes, what memory."""
         entry = _Entry(peer, [])
         try:
@@ -127,7 +139,7 @@ class Bench:
                 raise WrongLabels(f"{wrong} of {checked} labels are not the nearest centroid's")
             entry.again_s = entry.first_s
             compiled = self.device.type == "cuda" or entry.first_s < 1
-            if compiled and entry.first_s <= LONG_S and monotonic() < self.deadline_s:
+            if compiled and entry.first_s <= LONG_S and monotonic() < until_s:
                 entry.again_s = sum(self._clock.time(Kept(work.call, not peer.torch_memory)) for work in works)
             return entry
         except Exception as error:
@@ -169,6 +181,7 @@ class Bench:
         last = found[-1]
         if op == "assign":
             entry.quality = examine(x[0], start, _given(last[0].labels), seed)
+            entry.recheck_share = last[0].recheck_share
         elif op == "update":
             entry.inertia = inertia(x[0], _given(last[0].centroids), self._labels())
         elif op == "seed":

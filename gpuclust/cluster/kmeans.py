@@ -197,8 +197,9 @@ class KMeans(ScikitLearn):
         ParameterError (a ValueError and a TypeError)
             For a parameter out of range, which is named.
         InputError (a ValueError)
-            For NaN or infinity in X (the first is named), X that changes meanwhile, values whose
-            squares overflow, more clusters than rows, weights that are negative, all 0, of another length or no numbers, ``init`` of another shape.
+            For NaN or infinity in X (the first is named), X that changes meanwhile, values whose squares overflow, more
+            clusters than rows, weights that are negative, all 0, of another length or no numbers, ``init`` of another
+            shape.
         TypeError
             For sparse X.
         UnavailableError (a ValueError)
