@@ -93,8 +93,8 @@ class KMeans(ScikitLearn):
         never changes the result. Where memory runs out in mid-fit, smaller chunks are tried. With L levels of sums (1
         for float32 rows below 2**19 of them, else 2; more for weights), w bytes of a centroid's value, r restarts that
         run at a time and 2 to 32 MiB (on a GPU 32 to 512 MiB) of chunks, a fit takes at most
-        ``40 n + d (64 + k (24 + 8 L)) + r (40 n + k d (2 w + 12 + 8 L))`` with the primal solver and
-        ``40 n + d (64 + k (32 + 8 L + 3 w)) + 12 n^2 + r (64 n + 32 k n)`` with the dual one, and 40 n + 8 r n more
+        ``40 n + d (96 + k (24 + 8 L)) + r (40 n + k d (2 w + 12 + 8 L))`` with the primal solver and
+        ``40 n + d (96 + k (32 + 8 L + 3 w)) + 12 n^2 + r (64 n + 32 k n)`` with the dual one, and 40 n + 8 r n more
         with weights. See `gpuclust.cluster.memory`.
 
     Attributes
@@ -121,7 +121,7 @@ class KMeans(ScikitLearn):
     gets it as it is.
     X that changes during a fit is an error where that is noticed, and labels stay in range where it is not. Of streamed
     rows: any change of chunks, and of all on a GPU; in a file on the CPU see `HostSource`. Of rows used in place: any
-    bit of 8192 values of whole rows, 16 rows at least, spread over X, at the beginning and the end; and all that leaves
+    bit of 8192 values of whole rows, 4 rows at least, spread over X, at the beginning and the end; and all that leaves
     the inertia by the last reading of X another than by the sums of the passes before, beyond their rounding, or no
     number. So one value is noticed where its squared distance changes by more than some 1e-8 of the sum of the squared
     distances to the mean (1e-4 for rows 1e4 times as far from zero as from their mean). Not noticed are what was undone

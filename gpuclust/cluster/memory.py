@@ -3,8 +3,8 @@
 With n rows in a process, d features, k clusters, w bytes of a centroid's value (8 for float64 rows, else 4), L levels
 of the sums' grid (1 for float32 rows below 2**19 of them; more for float64 and for weights), r restarts at a time:
 
-    primal: 40 n + d (64 + k (24 + 8 L))                  + r (40 n + k d (2 w + 12 + 8 L))          + work
-    dual:   40 n + d (64 + k (32 + 8 L + 3 w)) + 12 n^2   + r (64 n + 32 k n)                        + work
+    primal: 40 n + d (96 + k (24 + 8 L))                  + r (40 n + k d (2 w + 12 + 8 L))          + work
+    dual:   40 n + d (96 + k (32 + 8 L + 3 w)) + 12 n^2   + r (64 n + 32 k n)                        + work
 
 Rows with weights take 40 n more, and 8 n for each restart. ``work`` is what is on the way: scores of a piece of rows,
 float64 copies of a block of them, lists of those that moved. Less memory makes these pieces smaller, then the restarts
@@ -90,7 +90,7 @@ def primal_needs(problem: Problem, n: int, lightest: float | None = None) -> Nee
     """Of the primal solver, for n rows of a process; ``lightest`` is the least weight above 0, where rows have some."""
     d, k, value, sums = problem.d, problem.k, *_values(problem, lightest)
     rows, weighted = _rows(problem, n)
-    fixed = rows + d * (64 + k * (24 + sums))
+    fixed = rows + d * (96 + k * (24 + sums))
     return Needs(fixed, (40 + weighted) * n + k * d * (2 * value + 12 + sums), work_bytes(problem.device))
 
 
@@ -98,7 +98,7 @@ def dual_needs(problem: Problem, n: int, lightest: float | None = None) -> Needs
     """Of the dual solver, in the same way."""
     d, k, value, sums = problem.d, problem.k, *_values(problem, lightest)
     rows, weighted = _rows(problem, n)
-    fixed = rows + d * (64 + k * (32 + sums + 3 * value)) + 12 * n * n
+    fixed = rows + d * (96 + k * (32 + sums + 3 * value)) + 12 * n * n
     return Needs(fixed, (64 + weighted) * n + 32 * k * n, work_bytes(problem.device))
 
 

@@ -9,7 +9,7 @@ from gpuclust.cluster.sources.base import ChunkSource, block_rows
 from gpuclust.errors import InputError
 
 # Values of a sample of resident rows, and the rows that it has at least.
-_SAMPLED_VALUES, _SAMPLED_ROWS = 1 << 13, 16
+_SAMPLED_VALUES, _SAMPLED_ROWS = 1 << 13, 4
 
 
 class Checksum:
