@@ -20,6 +20,8 @@ from gpuclust.cluster.sums import Grid
 
 # Adding a row to a sum takes as long as that many rows times one column of a product with the matrix of memberships.
 _PRODUCTS_PER_ADD = 16
+# Copying a slice of the rows costs little where there are so many centroids for each of its features.
+_COPIED = 2
 # Centroids of a group, where there are many: the trip over all scores keeps one value for each group.
 _GROUP = 16
 
@@ -135,6 +137,12 @@ class _Look:
         self.most = self.slope.amax(1, keepdim=True), self.margin.amax(1, keepdim=True)
         self.index = torch.arange(k, device=device, dtype=torch.float32)[:, None]
         self.scores, self.work = (torch.empty(r * k * size, dtype=torch.float32, device=device) for _ in range(2))
+        self.seen = None
+        width = min(operand.matrix.shape[1], SLICE)
+        if r * k >= _COPIED * width:
+            # The bias as one more product, with a 1 at the end of each row: a trip over the scores less.
+            self.matrix = torch.cat([operand.matrix[:, :width], self.bias], 1)
+            self.seen = torch.ones(size, width + 1, dtype=torch.float32, device=device)
 
     def __call__(
         self, x: torch.Tensor, norms: torch.Tensor, labels: torch.Tensor
@@ -190,7 +198,10 @@ class _Look:
             if operand.shift is not None:
                 block = (block.to(operand.shift.dtype) * operand.scale).sub_(operand.shift[start:end]).float()
             matrix = operand.matrix[:, start:end]
-            if start == 0:
+            if start == 0 and self.seen is not None:
+                self.seen[:b, :-1] = block
+                torch.mm(self.matrix, self.seen[:b].t(), out=total)
+            elif start == 0:
                 torch.addmm(self.bias, matrix, block.t(), out=total)
             else:
                 total += torch.mm(matrix, block.t(), out=product)
