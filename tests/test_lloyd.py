@@ -13,6 +13,7 @@ import torch
 from cases_cluster import KINDS, blobs, mislabelled, reference_dist2, rows
 from sklearn.cluster import KMeans as Peer
 
+from gpuclust.cluster import lloyd as lloyd_module
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.distributed import Group, OneProcess
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights
@@ -102,6 +103,19 @@ def test_centroids_are_the_means_of_their_rows_rounded_once(dtype: torch.dtype) 
     for j in range(7):
         mean = x[found.labels == j].double().mean(0)
         assert torch.allclose(found.centroids[j].double(), mean, rtol=torch.finfo(dtype).eps, atol=1e-13)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3, 16, 40])
+def test_centroids_move_the_same_some_at_a_time(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows("noise", 600, 3)
+    starts = torch.stack([x[i::60][:8] for i in range(6)])
+    whole, _ = lloyd(x, starts, tol=1e-3)
+    monkeypatch.setattr(lloyd_module, "block_rows", lambda d, device: max(1, at_a_time * 3 // d))
+    parts, _ = lloyd(x, starts, tol=1e-3)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.centroids, other.centroids)
+        assert (one.inertia, one.n_iter, one.shifts) == (other.inertia, other.n_iter, other.shifts)
 
 
 # ---- decisions that are read late

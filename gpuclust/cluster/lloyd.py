@@ -389,12 +389,13 @@ class Lloyd:
             part = slice(start, start + size)
             square = torch.empty_like(centroids[part], dtype=torch.float64)
             for first in range(0, k, rows):
-                some = part, slice(first, first + rows)
+                clusters = slice(first, first + rows)
+                some = part, clusters
                 before = centroids[some]
-                means = joined(sums[:, some[0], some[1]]) / masses[some][..., None]
+                means = joined(sums[:, part, clusters]) / masses[some][..., None]
                 after = self.finish(means.flatten(0, 1), before.flatten(0, 1)).view_as(before)
                 after = torch.where(moves[some][..., None], after, before)
-                torch.sub(after.double(), before, out=square[some]).square_()
+                torch.sub(after.double(), before, out=square[:, clusters]).square_()
                 before.copy_(after)
             shifts[part] = tree_sum(square.flatten(1))
         return shifts
