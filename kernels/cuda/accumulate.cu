@@ -1,11 +1,11 @@
 // Sums and counts of the clusters, free of any order: each term is rounded to a grid on which every partial sum is exact
 // (gpuclust.cluster.sums), so that atomic additions in float64 give the same bits in whatever order they come.
 //
-// `accumulate`: a block takes ROWS rows and 256 features of all restarts and looks at their labels; only a row whose label
-// changed is read: its terms are added to the cluster that gains it and taken from the one that loses it. No sort, and
-// later iterations cost little more than reading the labels. `first` is for the first pass and few clusters: a thread
-// owns one feature, adds many rows up in shared memory that it shares with nobody, (levels, k) values per thread, and
-// adds these to the sums at the end. `count`: a lane per row; lanes of a warp with one cluster add once.
+// Tiles: a block of `accumulate` takes ROWS rows and 256 features of all restarts and looks at their labels; only a row
+// whose label changed is read: its terms are added to the cluster that gains it and taken from the one that loses it. No
+// sort, and later iterations cost little more than reading the labels. `first` is for the first pass and few clusters: a
+// thread owns one feature, adds many rows up in shared memory that it shares with nobody, (levels, k) values per thread,
+// and adds these to the sums at the end. `count`: a lane per row; lanes of a warp with one cluster add once.
 #include "rows.cuh"
 
 constexpr int ROWS = 64, THREADS = 256, OWNERS = 128;

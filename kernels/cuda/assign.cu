@@ -1,22 +1,12 @@
 // Nearest centroid of each row, certified or left open: product and argmin in one kernel; no score is ever stored.
 //
-// A block takes BLOCK_ROWS rows. It centres, scales and rounds them to float16 on their way into shared memory, once,
-// and keeps them there (d up to about 1000). Past them go the centroids of all restarts, COLUMNS at a time and DEPTH
-// features of each in a ring of STAGES pieces filled by cp.async, so that BLOCK_ROWS rows share each reading of the
-// centroids. A warp multiplies WARP_ROWS rows with 8 TILES centroids (mma m16n8k16: float16 products, float32 sums);
-// where the features end it turns its products into lower ends of scores and keeps, per row, the two least and the
-// index of the least (best.cuh: 7 operations a score). At the end of a restart, lanes and warps put theirs together; a
-// row whose label is certain gets it, any other is added to the list of open rows, whose length stays on the device.
-// Lines of shared memory are 16 bytes longer than a multiple of 64: ldmatrix then meets no bank twice. Two blocks fit a
-// multiprocessor up to d = 256, so that one multiplies while the other loads or compares.
-//
-// -DSTREAMED_ROWS, for wider rows: they come as float16 (`convert` of select.cu), and DEPTH features of them go through
-// the ring beside those of the centroids. After each SLICE features the sums are added to totals and begin anew, as the
-// bound of exact.py wants it. Sums and totals are 3/4 of a multiprocessor's registers: 192 rows by 128 centroids, read
-// from the second-level cache less often than by any smaller tile, and one block at a time. A few such blocks have all
-// rows of a chunk, so each takes `span` tiles of centroids of one restart (blockIdx.y) and stores its two least of each
-// row in `parts`, (spans of all restarts, n); `merge` of select.cu puts them together.
-//
+// The tile: a block takes BLOCK_ROWS rows, rounded to float16 on their way into shared memory, and keeps them there (d up
+// to about 1000). Past them go the centroids of all restarts, COLUMNS at a time, DEPTH features of each in a ring of
+// STAGES pieces. A warp multiplies WARP_ROWS rows with 8 TILES centroids, and where the features end keeps of each row
+// the two least lower ends of scores and the index of the least (best.cuh). At the end of a restart warps put theirs
+// together: a label that is certain is written, any other row goes to the list of open rows.
+// -DSTREAMED_ROWS, for wider rows: they come as float16 (`convert` of select.cu), DEPTH features of them beside those of
+// the centroids in the ring; a block has a span of the centroids of one restart, and `merge` puts the spans together.
 // -DBLOCK_ROWS=64 or 128 (96 or 192 streamed), -DWARPS=1 or 2 (side by side), -DTILES=4 or 8.
 #include "best.cuh"
 #include "rows.cuh"
@@ -26,8 +16,12 @@ constexpr bool STREAMED = true;
 #else
 constexpr bool STREAMED = false;
 #endif
+// Streamed: the sums and totals of 192 rows by 128 centroids are 3/4 of a multiprocessor's registers, and are read from
+// the second-level cache less often than any smaller tile. Else BLOCK_ROWS rows share each reading of the centroids.
 constexpr int COLUMNS = WARPS * TILES * 8, ROW_TILES = STREAMED ? 3 : 2, WARP_ROWS = ROW_TILES * 16;
+// Two resident blocks fit a multiprocessor up to d = 256: one multiplies while the other loads or compares.
 constexpr int THREADS = BLOCK_ROWS / WARP_ROWS * WARPS * 32, BLOCKS = STREAMED ? 1 : 512 / THREADS;
+// Lines of shared memory are 16 bytes longer than a multiple of 64: ldmatrix then meets no bank twice.
 constexpr int DEPTH = 32, STAGES = 4, PITCH = DEPTH + 8, SLICE = 1024;
 constexpr int LINES = COLUMNS + (STREAMED ? BLOCK_ROWS : 0);  // of a piece
 constexpr int AT_ONCE = THREADS / (DEPTH / 8);                // lines of which the threads copy 16 bytes each
@@ -71,7 +65,8 @@ struct Stream {
 
 typedef float Sums[ROW_TILES][TILES][4];
 
-// Products of WARP_ROWS rows and 8 TILES centroids over 16 features, from where the lane reads its first tile of each.
+// Products of WARP_ROWS rows and 8 TILES centroids over 16 features, from where the lane reads its first tile of each:
+// mma m16n8k16, float16 products and float32 sums.
 __device__ __forceinline__ void multiply(Sums& product, const Float16* rows, int pitch, const Float16* columns) {
   unsigned a[ROW_TILES][4];
 #pragma unroll
@@ -105,7 +100,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) assign(
 
   const int pieces = (int)width / DEPTH;
   const int column_tiles = (int)((k + COLUMNS - 1) / COLUMNS), spans = (column_tiles + (int)span - 1) / (int)span;
-  // Resident rows meet all centroids of all restarts, streamed ones those of a span.
+  // Resident rows meet all centroids of all restarts, streamed ones those of a span: a few blocks have all rows of a
+  // chunk, so each takes `span` tiles of centroids of one restart (blockIdx.y).
   const int first_restart = STREAMED ? blockIdx.y / spans : 0, restarts = STREAMED ? first_restart + 1 : (int)r;
   const int first_tile = STREAMED ? blockIdx.y % spans * (int)span : 0;
   const int last_tile = first_tile + (int)span < column_tiles ? first_tile + (int)span : column_tiles;
@@ -138,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) assign(
   for (int restart = first_restart; restart < restarts; ++restart) {
     for (int column_tile = first_tile; column_tile < last_tile; ++column_tile) {
       Sums total = {};
+      // After each SLICE features the sums are added to totals and begin anew, as the bound of exact.py wants it.
       for (int piece = 0; piece < pieces;) {
         Sums product = {};
         const int end = STREAMED && piece + SLICE / DEPTH < pieces ? piece + SLICE / DEPTH : pieces;
@@ -166,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) assign(
       for (int t = 0; t < TILES; ++t) {
         const float4 pair = term[4 * t];  // low and slope of two centroids
 #pragma unroll
-        for (int i = 0; i < 2 * ROW_TILES; ++i) {
+        for (int i = 0; i < 2 * ROW_TILES; ++i) {  // 7 operations a score
           const float far = norm[warp_row + lane / 4 + 8 * i];
           const float* two = total[i / 2][t] + i % 2 * 2;
           best[i].take(lower_end(two[0], pair.x, pair.y, far), column + 8 * t);
@@ -192,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) assign(
       Best all = found[0][i];
       if (WARPS == 2) all.merge(found[WARPS - 1][i]);
       if (STREAMED) {
-        parts[blockIdx.y * n + block_row + i] = all;
+        parts[blockIdx.y * n + block_row + i] = all;  // (spans of all restarts, n)
       } else {
         const int64 row = block_row + i, place = (int64)restart * column_tiles * COLUMNS + all.index;
         const float slope = reinterpret_cast<const float*>(terms)[2 * place + 1];

@@ -1,11 +1,11 @@
 // The reference distance decides what two passes left open: least distance, lowest index of a tie (exact.decide).
 //
-// A block takes one open row of a restart after another, from a list whose length is on the device. Its warps compute the
-// float32 scores of all centroids once more, a centroid per warp, lanes across the features; a centroid whose lower end
-// is not above the row's known upper end is a candidate, and so is one whose score is no number. Candidates of 1024
-// centroids at a time wait in shared memory; then all threads together compute each one's reference distance (tree.cuh),
-// for any d and without room for d values. Centroids that equal an earlier one have a bound that keeps them out
-// (exact._repeated): they can't win.
+// The tile: a block takes one open row of a restart after another, from a list whose length is on the device. Its warps
+// compute the float32 scores of all centroids once more, a centroid per warp, lanes across the features; a centroid
+// whose lower end is not above the row's known upper end is a candidate, and so is one whose score is no number.
+// Candidates of 1024 centroids at a time wait in shared memory; then all threads together compute each one's reference
+// distance (tree.cuh), for any d and without room for d values. Centroids that equal an earlier one have a bound that
+// keeps them out (exact.repeated_in): they can't win.
 #include "best.cuh"
 #include "rows.cuh"
 #include "tree.cuh"

@@ -1,20 +1,17 @@
 // A second look at the rows that the first pass left open, on the tensor cores, too: most of them are certain here.
 //
-// Rows and centroids are each two float16 numbers, hi + lo (rows.cuh; exact.SPLIT has the bound), kept side by side: DEPTH
-// features of a row or centroid are a piece of DEPTH hi and DEPTH lo. The lists of open rows and their lengths are on the
-// device: a grid of fixed size walks through them, restart after restart. A block takes OPEN_ROWS open rows of a restart,
-// splits them on their way into shared memory, `held` pieces at a time (all of them where they fit: then once), and passes
-// the centroids by them, COLUMNS at a time and a piece of each in a ring of two filled by cp.async. A warp multiplies 32
-// rows with 32 centroids: for 16 features hi lo, lo hi and hi hi go into one sum of the tensor cores, which float32
-// additions join over SLICE features and then, for wider rows, over the slices, in shared memory. The rest is as in
-// assign.cu; a row that is still open goes to the next list with an upper end of its least score, above which no
-// candidate can lie. Rows of shared memory are 16 bytes longer than a multiple of 128: ldmatrix meets no bank twice.
-//
+// The tile: a block takes OPEN_ROWS open rows of a restart from a list on the device, whose length only the device knows.
+// Rows and centroids are two float16 numbers each, hi + lo (rows.cuh; exact.SPLIT has the bound), DEPTH hi and DEPTH lo
+// of as many features a piece. The rows are split on their way into shared memory, `held` pieces at a time, all where
+// they fit; the centroids pass by them, COLUMNS at a time, a piece of each in a ring of two. A warp multiplies 32 rows
+// with 32 centroids, hi lo, lo hi and hi hi, and keeps of each row the two least lower ends, as assign.cu does. A row
+// that is still open goes to the next list, with an upper end of its least score, above which no candidate can lie.
 // -DWARPS=1, 2 or 4 (side by side).
 #include "best.cuh"
 #include "rows.cuh"
 
 constexpr int OPEN_ROWS = 64, TILES = 4, COLUMNS = WARPS * TILES * 8, THREADS = OPEN_ROWS * WARPS;
+// Rows of shared memory are 16 bytes longer than a multiple of 128: ldmatrix meets no bank twice.
 constexpr int DEPTH = 32, PIECE = 2 * DEPTH, PITCH = PIECE + 8, SLICE_PIECES = 1024 / DEPTH;
 constexpr int AT_ONCE = THREADS / (PIECE / 8);  // centroids of which the threads copy 16 bytes each
 
@@ -44,7 +41,8 @@ struct Stream {
   }
 };
 
-// Adds the products of 32 rows and 32 centroids over a piece.
+// Adds the products of 32 rows and 32 centroids over a piece: for 16 features hi lo, lo hi and hi hi go into one sum of
+// the tensor cores, which float32 additions join over SLICE_PIECES, and the kernel then over these in shared memory.
 __device__ __forceinline__ void multiply(
     float (&total)[2][TILES][4], const Float16* rows, int pitch, const Float16* columns, int lane) {
 #pragma unroll 1  // so that 128 registers are enough
@@ -102,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) rescore(
   for (int restart = 0; restart < (int)r; ++restart) {
     const int64 place = (int64)restart * column_tiles * COLUMNS;
     const unsigned open = open_count[restart];
-    for (unsigned from = blockIdx.x * OPEN_ROWS; from < open; from += gridDim.x * OPEN_ROWS) {
+    for (unsigned from = blockIdx.x * OPEN_ROWS; from < open; from += gridDim.x * OPEN_ROWS) {  // of a grid of fixed size
       __syncthreads();
       if (thread < OPEN_ROWS) {
         const int64 row = from + thread < open ? open_rows[restart * n + from + thread] : n;

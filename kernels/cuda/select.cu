@@ -1,9 +1,9 @@
 // For wide rows: what is before and after their products, whether torch multiplies matrices or assign.cu streams them.
 //
-// `convert` centres, scales and rounds features to float16, 8 of a row a thread. `select` reads a chunk of torch's
-// products (n, r k) that is still in the cache: a warp per row, its lanes across the centroids of a restart, keeps the
-// two least lower ends and labels the row or adds it to the list of open rows, as assign.cu does at the end of its tile.
-// `merge` does that, a thread per row, with the least two that assign.cu kept of each span of the centroids.
+// Tiles: `convert` centres, scales and rounds features to float16, a thread 8 of a row at a time. `select`, a warp per
+// row, reads torch's products of a chunk, (n, r k), while they are in the cache: its lanes go across the centroids of a
+// restart and keep the two least lower ends, then label the row or add it to the list of open rows, as assign.cu does.
+// `merge`, a thread per row, does that with the least two that assign.cu kept of each span of the centroids.
 #include "best.cuh"
 #include "rows.cuh"
 

@@ -1,24 +1,14 @@
 """Distances and their argmin in one kernel: the scores of a row never leave the processor that computed them.
 
-A program takes `ROWS` rows and one restart and walks over the centroids, `CLUSTERS` at a time: centre and scale the
-rows and round them to the operands' type, multiply on the tensor cores, add each slice of `SLICE` features apart (the
-bound of `gpuclust.cluster.exact` counts on it), and get the lower end of each score's interval,
+The tile: a program takes `ROWS` rows and one restart and walks over the centroids, `CLUSTERS` at a time: it centres,
+scales and rounds the rows, multiplies on the tensor cores, and gets the lower end of each score's interval,
 
     lower_ij = x^_i . matrix_j + (low_j - a_i slope_j).
 
-Of these it keeps the least, the second least and the index of the least. A row is certain if its second least lower end
-is above the upper end of the least one: the least of all upper ends is then that one, for a centroid with a smaller
-upper end would have a smaller lower end, too. So no upper end need be computed but that of one centroid of each row.
-
-Up to 128 features the rows are converted once and stay on the processor while the centroids pass by; each thread keeps
-best, second and index for its own columns (a maximum, two minima, a comparison and a selection for each score, no
-shuffle) and they meet once, at the end. Wider rows do not fit beside the centroids: they are read again for each block
-of centroids, which is therefore wider, and each block is folded into one best and second for each row.
-
-What is not a number leaves its row open: minimum and maximum hand NaN on, and the fold takes it as minus infinity,
-which is never certain. Plus infinity is the lower end of no row's nearest centroid: a row that is not finite (one that
-changed between passes) has it for all centroids, which is not certain either, or has NaN or minus infinity for some; a
-centroid beyond float16 has a bound that is no number (`Frame.operand`).
+Of each row it keeps the least, the second least and the index of the least. Up to 128 features the rows stay on the
+processor while the centroids pass by, and each thread keeps these for its own columns until the end. Wider rows do not
+fit beside the centroids: they are read again for each block of centroids, which is therefore wider, and each block is
+folded into one best and second for each row.
 """
 
 from __future__ import annotations
@@ -69,6 +59,10 @@ class Shape(NamedTuple):
         return cls(64, 128, 32, False, 8, stages)
 
 
+# What is not a number leaves its row open: minimum and maximum hand NaN on, and the fold takes it as minus infinity,
+# which is never certain. Plus infinity is the lower end of no row's nearest centroid: a row that is not finite (one
+# that changed between passes) has it for all centroids, which is not certain either, or has NaN or minus infinity for
+# some; a centroid beyond float16 has a bound that is no number (`Frame.operand`).
 @triton.jit
 def _least(best, second, index):
     """Of each row of (ROWS, W): the least ``best``, with the lowest ``index`` of equal ones, and the next after it."""
@@ -169,7 +163,7 @@ def assign_kernel(
                 other=0.0,
             )
             total = tl.dot(operand, centres, base)
-        elif FLUSH:
+        elif FLUSH:  # each slice is added apart: the bound of `gpuclust.cluster.exact` counts on it
             total = base
             for begin in range(0, d, SLICE):
                 end = tl.minimum(begin + SLICE, d)
@@ -177,6 +171,7 @@ def assign_kernel(
         else:
             total = base + _products(rows, x_feature, there, shift, unit, matrix, place, known, d, 0, d, FEATURES)
         if WHOLE:
+            # A maximum, two minima, a comparison and a selection for each score, no shuffle.
             other = tl.maximum(best, total, propagate_nan=tl.PropagateNan.ALL)
             second = tl.minimum(second, other, propagate_nan=tl.PropagateNan.ALL)
             index = tl.where(total < best, cluster[None, :], index)
@@ -190,6 +185,8 @@ def assign_kernel(
     if WHOLE:
         best, second, index = _least(best, second, index)
 
+    # Certain where the second least lower end is above the upper end of the least one: the least of all upper ends is
+    # then that one, for a centroid with a smaller one would have a smaller lower end, too. No other is computed.
     index = tl.minimum(index, k - 1)
     across = tl.load(high + restart * k + index) - tl.load(lows + index)
     upper = best + (across + 2 * reach * tl.load(slopes + index))
