@@ -290,7 +290,7 @@ def test_the_choice_is_by_predicted_time() -> None:
     assert wide.dual_s < wide.primal_s
     assert many.choose("auto")[0] == "primal"
     assert large.choose("auto")[0] == "primal"  # its matrix takes more than is used without a limit
-    assert "beside the rows, of 1.22 GB" in str(large.refused)
+    assert "beside the rows, of 1.23 GB" in str(large.refused)
     near = plan(problem(2000, 6000, 40, 10))  # its matrix is two thirds of the rows
     assert near.dual_s < near.primal_s
     assert near.choose("auto")[0] == "primal"

@@ -197,5 +197,5 @@ def test_the_estimator_takes_it_and_restarts_once() -> None:
     best = KMeans(10, init="k-means||", n_init=5, random_state=0).fit(x)
     assert best.inertia_ <= model.inertia_
     assert KMeans(10, init="k-means||", n_init=1, random_state=0).fit(x).inertia_ == model.inertia_
-    with pytest.raises(ValueError, match=r"'k-means\+\+', 'k-means\|\|', 'random', a callable or an array"):
+    with pytest.raises(ValueError, match=r"'k-means\+\+', 'k-means\|\|', 'random'\}, a callable or an array"):
         KMeans(10, init="k-means|").fit(x)

@@ -23,7 +23,7 @@ from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.memory import halvings_within, least_bytes
 from gpuclust.cluster.moments import centroid_dtype, require_range
 from gpuclust.cluster.parameters import check_parameters, seed_of
-from gpuclust.cluster.portable import from_host, has_moved, is_here, to_host
+from gpuclust.cluster.portable import Portable
 from gpuclust.cluster.predict import dist2_to_all, nearest
 from gpuclust.cluster.relief import Relief, relief
 from gpuclust.cluster.scikit import ScikitLearn
@@ -37,7 +37,7 @@ from gpuclust.errors import InputError
 _RESULT_BYTES = 16
 
 
-class KMeans(ScikitLearn):
+class KMeans(Portable, ScikitLearn):
     """k-means with exact labels and the same bits for any chunk size and number of threads or processes.
 
     Parameters and attributes that scikit-learn's KMeans has mean what they mean there. Of scikit-learn's own checks one
@@ -377,25 +377,6 @@ class KMeans(ScikitLearn):
         name = type(self).__name__.lower()
         return np.asarray([f"{name}{i}" for i in range(self.cluster_centers_.shape[0])], dtype=object)
 
-    # ---- pickled and copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: to_host(value) for name, value in vars(self).items() if name != "_away"}
-        return state | vars(self).get("_away", {})
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Results that lay on a device go back there when they are first asked for: only then is the device touched."""
-        away = {name: value for name, value in state.items() if has_moved(value)}
-        vars(self).update({name: value for name, value in state.items() if name not in away})
-        vars(self)["_away"] = away
-
-    def __getattr__(self, name: str) -> Any:
-        away = vars(self).get("_away", {})
-        if name not in away:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        setattr(self, name, from_host(away.pop(name)))
-        return vars(self)[name]
-
     # ---- inside
 
     @contextmanager
@@ -459,20 +440,6 @@ class KMeans(ScikitLearn):
                 f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with appropriate arguments before "
                 "using this estimator."
             )
-
-    def _device(self) -> Any:
-        """Where to predict: a model that came from another machine, whose device this one lacks, does it where X is."""
-        if self.device is None or "_away" not in vars(self) or str(self.device) == "auto":
-            return self.device
-        if is_here(torch.device(self.device)):
-            return self.device
-        warnings.warn(
-            f"this model was fitted on another machine with device={self.device!r}, which is not here: it computes "
-            "where X is; set_params(device=None) says so for good",
-            UserWarning,
-            stacklevel=5,
-        )
-        return None
 
     def _backend(self, source: ChunkSource) -> Backend:
         n, d = source.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -105,4 +106,41 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
+        return None
+
+
+class Portable:
+    """A model that is pickled with its results in host memory, and computes on machines without its device."""
+
+    device: Any
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: to_host(value) for name, value in vars(self).items() if name != "_away"}
+        return state | vars(self).get("_away", {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Results that lay on a device go back there when they are first asked for: only then is the device touched."""
+        away = {name: value for name, value in state.items() if has_moved(value)}
+        vars(self).update({name: value for name, value in state.items() if name not in away})
+        vars(self)["_away"] = away
+
+    def __getattr__(self, name: str) -> Any:
+        away = vars(self).get("_away", {})
+        if name not in away:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        setattr(self, name, from_host(away.pop(name)))
+        return vars(self)[name]
+
+    def _device(self) -> Any:
+        """Where to predict: a model that came from another machine, whose device this one lacks, does it where X is."""
+        if self.device is None or "_away" not in vars(self) or str(self.device) == "auto":
+            return self.device
+        if is_here(torch.device(self.device)):
+            return self.device
+        warnings.warn(
+            f"this model was fitted on another machine with device={self.device!r}, which is not here: it computes "
+            "where X is; set_params(device=None) says so for good",
+            UserWarning,
+            stacklevel=5,
+        )
         return None
