@@ -93,7 +93,7 @@ class Sample:
         if source.resident:
             (n, d), device = source.shape, source.device
             count = min(n, max(_SAMPLED_ROWS, _SAMPLED_VALUES // d))
-            self._index = torch.arange(count, device=device) * n // count
+            self._index = torch.arange(count, device=device) * (n - 1) // max(1, count - 1)
             self._rows = self._taken()
 
     def require_unchanged(self) -> None:
