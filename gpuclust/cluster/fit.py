@@ -201,7 +201,7 @@ def fit_kmeans(
                 resident=source.resident,
                 asked=solver == "dual",
             )
-            solver, share = costs.choose("primal" if metric == "cosine" else solver)
+            solver, memory = costs.choose("primal" if metric == "cosine" else solver)
             if algorithm == "hartigan-wong" and group.size > 1:
                 raise UnavailableError(
                     "algorithm='hartigan-wong' moves single rows one after another, which processes that share the "
@@ -209,7 +209,7 @@ def fit_kmeans(
                 )
         if tell:
             tell(str(costs))
-        room.begin(share.halvings)
+        room.begin(memory.halvings)
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
         spherical: dict[str, Any] = {"finish": unit_means} if metric == "cosine" else {}
         unit *= HALF if spherical else 1.0
@@ -222,7 +222,7 @@ def fit_kmeans(
             group,
             shares,
             lambda restarts: runner.chunk_rows(restarts, k, d, device),
-            share.spare_bytes,
+            memory.spare_bytes,
             max_iter=max_iter,
             tol=tol * moments.spread / (n * d),
             precision=precision,
@@ -234,11 +234,11 @@ def fit_kmeans(
             dual = alone(partial(Dual, lloyd))
             watch.lap("gram_s")
         solutions: list[Solution] = []
-        for first in range(0, n_init, share.together):
-            restarts = range(first, min(n_init, first + share.together))
+        for first in range(0, n_init, memory.together):
+            restarts = range(first, min(n_init, first + memory.together))
             rows = None
             if isinstance(init, str):
-                rows = alone(partial(_seed, init, source, moments, k, seed, restarts, shares, share.spare_bytes))
+                rows = alone(partial(_seed, init, source, moments, k, seed, restarts, shares, memory.spare_bytes))
             given = [] if isinstance(init, str) else [init[restart] for restart in restarts]
             ended: list[Ending | Solution] = []
             if dual:

@@ -299,29 +299,17 @@ class KMeans(Portable, ScikitLearn):
         """Distances of the rows of ``X`` (n, d) to the centroids, (n, n_clusters); 1 - cos for ``metric="cosine"``.
 
         float64 where X or the centroids are float64 or X has whole numbers, else float32. `set_output` makes it a table
-        where X is no tensor.
-
-        Raises
-        ------
-        NotFittedError (a ValueError)
-            Before `fit`.
-        InputError (a ValueError)
-            For X of another width, NaN or infinity in X (the first is named), values whose squares overflow.
-        TypeError
-            For sparse X.
-        UnavailableError (a ValueError)
-            For a backend or device that cannot run here.
+        where X is no tensor. It raises what `predict` does.
         """
         X = unshared(X)[0]
         rows, centroids = self._known(X)
         # Where it is wanted: the device that rows are streamed to may have no room for it.
         dtype = torch.promote_types(centroid_dtype(rows.source.dtype), centroids.dtype)
         out = torch.empty(rows.source.shape[0], len(centroids), dtype=dtype, device=rows.home)
-
-        source = self._measured(rows).source
+        rows = self._measured(rows)
 
         def fill() -> None:
-            for part, dist2 in dist2_to_all(source, centroids):
+            for part, dist2 in dist2_to_all(rows.source, centroids):
                 out[part] = dist2.sqrt_() if self.metric == "euclidean" else dist2.mul_(HALF)
 
         with self._room(rows) as room:

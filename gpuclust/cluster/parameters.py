@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from gpuclust.cluster.sources.inputs import is_bool, is_real, is_table, is_whole
 from gpuclust.config import ALGORITHMS, BACKENDS, INITS, METRICS, PRECISIONS, SOLVERS
 from gpuclust.errors import ParameterError, UnavailableError
 
@@ -86,3 +86,27 @@ def _is_one_of(names: tuple[str, ...], value: Any) -> bool:
 
 def _shown(names: tuple[str, ...]) -> str:
     return "{" + ", ".join(map(repr, names)) + "}"
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether it is a whole number (not a bool) of at least ``least``."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= least)
+
+
+def is_bool(value: Any) -> bool:
+    """Whether it is True or False, NumPy's included."""
+    return isinstance(value, (bool, np.bool_))
+
+
+def is_table(value: Any) -> bool:
+    """Whether it is an array of two dimensions, of any kind, or something like a list of rows."""
+    try:
+        return len(value.shape if hasattr(value, "shape") else np.shape(value)) == 2
+    except (TypeError, ValueError):  # rows of several lengths, or of what is no number
+        return False
+
+
+def is_real(value: Any, least: float) -> bool:
+    """Whether it is a finite number of at least ``least``."""
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return bool(real and math.isfinite(value) and value >= least)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -274,27 +273,3 @@ def _read_weights(weights: Any, source: ChunkSource) -> torch.Tensor:
     if bool((values < 0).any()):
         raise InputError("Negative values in data passed to `sample_weight`: weights are at least 0.")
     return values
-
-
-def is_whole(value: Any, least: int) -> bool:
-    """Whether it is a whole number (not a bool) of at least ``least``."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= least)
-
-
-def is_bool(value: Any) -> bool:
-    """Whether it is True or False, NumPy's included."""
-    return isinstance(value, (bool, np.bool_))
-
-
-def is_table(value: Any) -> bool:
-    """Whether it is an array of two dimensions, of any kind, or something like a list of rows."""
-    try:
-        return len(value.shape if hasattr(value, "shape") else np.shape(value)) == 2
-    except (TypeError, ValueError):  # rows of several lengths, or of what is no number
-        return False
-
-
-def is_real(value: Any, least: float) -> bool:
-    """Whether it is a finite number of at least ``least``."""
-    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return bool(real and math.isfinite(value) and value >= least)
