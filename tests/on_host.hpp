@@ -179,6 +179,7 @@ inline void launch(
 }  // namespace on_host
 
 inline void __syncthreads() { on_host::wait(on_host::block_barrier, on_host::fibers.size()); }
+inline void __syncwarp() { on_host::wait(on_host::warp_barriers[on_host::current / 32], 32); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int other) {
@@ -190,6 +191,25 @@ T atomicAdd(T* address, U value) {
   const T before = *address;
   *address = before + value;
   return before;
+}
+
+template <class T>
+T atomicMax(T* address, T value) {
+  const T before = *address;
+  if (value > before) *address = value;
+  return before;
+}
+
+inline unsigned __float_as_uint(float value) {
+  unsigned out;
+  std::memcpy(&out, &value, 4);
+  return out;
+}
+
+inline long long __double_as_longlong(double value) {
+  long long out;
+  std::memcpy(&out, &value, 8);
+  return out;
 }
 
 inline float __int_as_float(int bits) {

@@ -356,18 +356,18 @@ def test_clusters_options_reach_kmeans(here: Path, capsys: pytest.CaptureFixture
 def test_cluster_tells_what_a_reader_should_know(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpuclust.cluster import moments
+    from gpuclust.cluster.backends import plain
 
     np.save("X.npy", torch.rand(300, 5, generator=torch.Generator().manual_seed(0)).numpy())
-    plain, calls = moments.reference_dist2, []
+    right, calls = plain.reference_dist2, []
 
     def fails_once(*given: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return plain(*given)
+        return right(*given)
 
-    monkeypatch.setattr(moments, "reference_dist2", fails_once)
+    monkeypatch.setattr(plain, "reference_dist2", fails_once)
     assert run_command(["cluster", "X.npy", "--clusters", "4"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"\nnote: memory ran out once.*\nlabels: X.labels.npy\n$", shown)

@@ -18,7 +18,12 @@ ROWS = ["Float16", "BFloat16", "float", "double"]
 TILES = [Tile(columns, rows) for rows in (64, 128) for columns in (32, 64, 128)]
 STREAMED = [Tile(128, rows, streamed=True) for rows in (96, 192)]
 CASES = [(file.name, (f"-DROW={row}",)) for file in sorted(cuda_folder().glob("*.cu")) for row in ROWS]
-CASES = [case for case in CASES if case[0] not in ("assign.cu", "rescore.cu")]
+CASES = [case for case in CASES if case[0] not in ("assign.cu", "dist2.cu", "rescore.cu")]
+CASES += [
+    ("dist2.cu", (f"-DROW={row}", f"-DGROUP={group}", f"-DCENTRE={'double' if row == 'double' else 'float'}"))
+    for row in ROWS
+    for group in (32, 256)
+]
 CASES += [("rescore.cu", (f"-DROW={row}", f"-DWARPS={warps}")) for row in ROWS for warps in (1, 2, 4)]
 CASES += [
     ("assign.cu", (f"-DROW={row}", *tile.options))
@@ -28,8 +33,8 @@ CASES += [
 ]
 CASES += [("assign.cu", ("-DROW=Float16", *tile.options)) for tile in STREAMED]
 # Registers times threads of the blocks that are to share a multiprocessor (65,536), and static shared memory.
-MOST_REGISTERS = {"assign": 128, "rescore": 128, "decide": 128}
-MOST_SHARED_BYTES = {"rescore": 4 << 10, "decide": 13 << 10, "assign": 8 << 10}
+MOST_REGISTERS = {"assign": 128, "dist2": 128, "rescore": 128, "decide": 128}
+MOST_SHARED_BYTES = {"rescore": 4 << 10, "decide": 13 << 10, "dist2": 16 << 10, "assign": 8 << 10}
 
 
 def used(log: str) -> dict[str, dict[str, int]]:

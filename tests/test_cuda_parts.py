@@ -16,7 +16,7 @@ extern "C" double host_tree_sum(long long d, int held, const double* terms) {
   static double values[4096];
   const int p = held_level(d, held);
   int length = (int)level_length(d, p);
-  for (int i = 0; i < length; ++i) values[i] = subtree(d, p, i, [&](int64 f) { return terms[f]; });
+  for (int i = 0; i < length; ++i) values[i] = subtree<LEVELS>(d, p, i, [&](int64 f) { return terms[f]; });
   while (length > 1) {
     const int half = (length + 1) / 2;
     for (int i = 0; i < length - half; ++i) values[i] = sum_of(values[i], values[half + i]);

@@ -211,8 +211,8 @@ def test_the_first_bad_value_is_named(value: float, dtype: torch.dtype, monkeypa
     x = rows("noise", 500, 6, dtype)
     x[321, 4] = value
     x[400, 1] = float("nan")
-    for name in ("sources.base", "moments"):
-        monkeypatch.setattr(f"gpuclust.cluster.{name}.block_rows", lambda d, device: 50)
+    for name in ("sources.base.block_rows", "moments.chunk_rows", "backends.plain.block_rows"):
+        monkeypatch.setattr(f"gpuclust.cluster.{name}", lambda d, device, *_: 50)
     kind = str(dtype).removeprefix("torch.")
     what = "NaN" if np.isnan(value) else f"infinity or a value too large for dtype('{kind}')"
     with pytest.raises(InputError) as told:

@@ -260,8 +260,8 @@ def test_rows_in_host_memory_stream_to_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "20000")
-    x = rows("blobs", 2111, 37, dtype)
-    parameters = {"n_clusters": 7, "n_init": 2, "random_state": 1, "device": "cuda"}
+    x = rows("blobs", 611, 37, dtype)
+    parameters = {"n_clusters": 7, "n_init": 2, "max_iter": 5, "random_state": 1, "device": "cuda"}
     resident = KMeans(**parameters).fit(x)
     assert resident.fit_report_.rows.startswith("copied to cuda:0")
     for given in (x, x.pin_memory(), x.numpy(), mapped(tmp_path, x.numpy()), cut(x, (500, 3)), cut(x.cuda(), (500,))):

@@ -14,7 +14,7 @@ import torch
 
 from gpuclust.arithmetic import full_precision
 from gpuclust.cluster.backends import choose
-from gpuclust.cluster.backends.base import Problem, WholeFit
+from gpuclust.cluster.backends.base import Backend, Problem, WholeFit
 from gpuclust.cluster.cosine import HALF, unit_means
 from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, require_same
 from gpuclust.cluster.dual import Dual, Ending
@@ -213,7 +213,7 @@ def fit_kmeans(
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
         spherical: dict[str, Any] = {"finish": unit_means} if metric == "cosine" else {}
         unit *= HALF if spherical else 1.0
-        moments = alone(lambda: Moments.of(source, lightest, block))
+        moments = alone(lambda: Moments.of(source, lightest, block, runner))
         watch.lap("moments_s")
         lloyd = Lloyd(
             runner,
@@ -258,7 +258,7 @@ def fit_kmeans(
                 for i, one in enumerate(ended):
                     tell(f"restart {restarts[i]}: {one.n_iter} iterations, inertia {one.inertia * unit:.10g}")
             solutions = _close(solutions + found, moments)
-        best, dist2, inertia = alone(lambda: _best(source, moments, solutions, weights))
+        best, dist2, inertia = alone(lambda: _best(runner, source, moments, solutions, weights))
         watch.lap("select_s")
         moves = 0
         if algorithm == "hartigan-wong":
@@ -340,14 +340,14 @@ def _close(solutions: list[Solution], moments: Moments) -> list[Solution]:
 
 
 def _best(
-    source: ChunkSource, moments: Moments, solutions: list[Solution], weights: torch.Tensor | None
+    backend: Backend, source: ChunkSource, moments: Moments, solutions: list[Solution], weights: torch.Tensor | None
 ) -> tuple[Solution, torch.Tensor, float]:
     """The restart of least inertia (the first of a tie), by reference distances where it is close."""
     best: tuple[Solution, torch.Tensor, float] | None = None
     for solution in solutions:
         if best and _same(solution, best[0], moments.block):
             continue
-        dist2 = distances(source, solution.centroids, solution.labels)
+        dist2 = distances(backend, source, solution.centroids, solution.labels)
         inertia = total(dist2, weights, moments.block)
         if best is None or inertia < best[2]:
             best = solution, dist2, inertia

@@ -60,7 +60,7 @@ def improve(
         if not made:
             return best, dist2, inertia, moves
         found = lloyd.run(partition.centres.to(best.centroids.dtype)[None])[0]
-        found_dist2 = distances(source, found.centroids, found.labels)
+        found_dist2 = distances(lloyd.backend, source, found.centroids, found.labels)
         value = total(found_dist2, None if weights is None else weights.values, moments.block)
         if not value < inertia:
             return best, dist2, inertia, moves

@@ -353,7 +353,7 @@ class KMeans(Portable, ScikitLearn):
             with in_all(group):
                 backend = self._backend(source)
                 labels = room.run(lambda: nearest(source, centroids, backend, self.precision))
-                dist2 = room.run(lambda: distances(source, centroids, labels))
+                dist2 = room.run(lambda: distances(backend, source, centroids, labels))
                 far2 = dist2.amax().item()
                 require_range(SUMMED * far2 * block.n, math.sqrt(far2), "distances")
             found = total(dist2, weights, block)

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from gpuclust.cluster.backends.base import Backend
+from gpuclust.cluster.backends.base import Backend, Rows
 from gpuclust.cluster.distributed import Block, Group
-from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.late import Late
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.relief import Relief
 from gpuclust.cluster.sketch import Sketches
-from gpuclust.cluster.sources.base import ChunkSource, block_rows
+from gpuclust.cluster.sources.base import ChunkSource, block_rows, chunk_rows
 from gpuclust.cluster.story import Story
 from gpuclust.cluster.sums import Grid, joined, power_of_two, total, tree_sum
 
@@ -405,7 +404,7 @@ class Lloyd:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give each empty cluster the row farthest from its centroid (ties: lowest index), as in scikit-learn."""
         empty = (mass == 0).nonzero()[:, 0]
-        dist2 = self.relief.run(lambda: distances(self.source, centroids, labels))
+        dist2 = self.relief.run(lambda: distances(self.backend, self.source, centroids, labels))
         if self.weights is not None:
             dist2[self.weights.values == 0] = 0
         far = self._farthest(dist2, labels, empty.numel())
@@ -477,10 +476,10 @@ def numbered(labels: torch.Tensor, k: int, block: Block) -> tuple[torch.Tensor, 
     return order.argsort()[labels.long()], order
 
 
-def distances(source: ChunkSource, centroids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def distances(backend: Rows, source: ChunkSource, centroids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Reference distance of every row to its centroid, float64 (n,)."""
     dist2 = torch.empty(source.shape[0], dtype=torch.float64, device=source.device)
-    for start, x in source.chunks(block_rows(source.shape[1], source.device)):
+    for start, x in source.chunks(chunk_rows(1, source.shape[1], source.device)):
         part = slice(start, start + x.shape[0])
-        dist2[part] = reference_dist2(x, centroids, labels[part])
+        dist2[part] = backend.dist2(x, centroids, labels[part])
     return dist2

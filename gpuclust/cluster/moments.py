@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
+from gpuclust.cluster.backends.base import Rows
+from gpuclust.cluster.backends.plain import Plain
 from gpuclust.cluster.distributed import Block, in_all
-from gpuclust.cluster.exact import Frame, reference_dist2
-from gpuclust.cluster.sources.base import ChunkSource, block_rows
+from gpuclust.cluster.exact import Frame
+from gpuclust.cluster.sources.base import ChunkSource, chunk_rows
 from gpuclust.cluster.sources.checksum import require_unchanged
 from gpuclust.cluster.sums import SUMMED, Grid, total
 from gpuclust.errors import InputError
+
+_PLAIN = Plain()
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,13 @@ class Moments:
     frame: Frame
 
     @classmethod
-    def of(cls, source: ChunkSource, lightest: float | None = None, block: Block | None = None) -> Moments:
+    def of(
+        cls,
+        source: ChunkSource,
+        lightest: float | None = None,
+        block: Block | None = None,
+        backend: Rows = _PLAIN,
+    ) -> Moments:
         """Read the source three times; ``lightest`` is the least weight above 0 where rows have weights, of at most 1.
 
         Raises
@@ -56,21 +66,20 @@ class Moments:
         """
         n, d = source.shape
         block = block or Block.alone(n)
-        rows = block_rows(d, source.device)
+        rows = chunk_rows(1, d, source.device)
         largest = torch.zeros(d, dtype=torch.float64, device=source.device)
         with in_all(block.group):
             for start, x in source.chunks(rows):
-                torch.maximum(largest, largest_per_column(x, block.first + start), out=largest)
+                torch.maximum(largest, largest_per_column(x, block.first + start, backend), out=largest)
         largest = block.max(largest)
         plain = Grid.of(largest, block.n, source.dtype)
         sums = torch.zeros(plain.levels, d, dtype=torch.float64, device=source.device)
         for _, x in source.chunks(rows):
-            for level, terms in enumerate(plain.split(x.double())):
-                sums[level] += terms.sum(0)
+            backend.total(x, plain, sums)
         mean = (block.sum(sums).sum(0) / block.n).to(centroid_dtype(source.dtype)).double()
         dist2 = torch.empty(n, dtype=torch.float64, device=source.device)
         for start, x in source.chunks(rows):
-            dist2[start : start + x.shape[0]] = reference_dist2(x, mean)
+            dist2[start : start + x.shape[0]] = backend.dist2(x, mean)
         far2, most = block.max(dist2.amax()).item(), largest.amax().item()
         # Four times the farthest bounds any distance between two rows.
         bound = SUMMED * 4 * far2 * block.n
@@ -93,7 +102,7 @@ def centroid_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def largest_per_column(x: torch.Tensor, start: int = 0) -> torch.Tensor:
+def largest_per_column(x: torch.Tensor, start: int = 0, backend: Rows = _PLAIN) -> torch.Tensor:
     """The largest absolute value of each column of rows (b, d), float64 (d,); ``start`` is the first row's number.
 
     Raises
@@ -101,8 +110,7 @@ def largest_per_column(x: torch.Tensor, start: int = 0) -> torch.Tensor:
     InputError
         For NaN and infinity; the first of them is named.
     """
-    # Apart: torch's aminmax of columns takes five times as long as both.
-    largest = torch.maximum(-x.amin(0), x.amax(0)).double()
+    largest = backend.largest(x)
     if not bool(largest.isfinite().all()):
         _refuse(x, start)
     return largest

@@ -35,8 +35,8 @@ def nearest(
     centre = centroids.double().mean(0).clamp_(-most, most).to(dtype).double()
     reach2 = _far2(centroids, centre).amax().item()
     for start, x in source.chunks(backend.chunk_rows(1, len(centroids), d, source.device)):
-        largest = largest_per_column(x, start).amax().item()
-        dist2 = _far2(x, centre)
+        largest = largest_per_column(x, start, backend).amax().item()
+        dist2 = _far2(x, centre) if x.device.type == "cpu" else backend.dist2(x, centre) * (1 + 2.0**-40)
         far2 = dist2.amax().item()
         # No distance of a row to a centroid is above twice the sum of theirs to one point.
         require_range(2 * (far2 + reach2), largest)

@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) decide(
         for (int i = 0; i < count; ++i) {
           const int j = candidates[i];
           const Wide* centroid = centroids + (restart * k + j) * d;
-          const double dist2 = tree_sum(d, values, HELD, threadIdx.x, THREADS, [&](int64 feature) {
+          const double dist2 = tree_sum<THREADS>(d, values, HELD, threadIdx.x, [&](int64 feature) {
             const double apart = sum_of(to_double(*x.at(row, feature)), -(double)centroid[feature]);
             return product_of(apart, apart);
           });

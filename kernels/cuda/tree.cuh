@@ -1,5 +1,5 @@
 // The reference distance: squares of differences in float64, summed by the fixed tree of gpuclust.cluster.sums.tree_sum,
-// one rounding per operation, by all threads of a block together and for any d.
+// one rounding per operation, by all threads of a block or a warp together and for any d.
 //
 // The tree adds the upper half to the lower until one value is left: after t steps there are L_t = ceil(d / 2**t) values,
 //   v_t[i] = v_(t-1)[i] + v_(t-1)[i + L_t]   where i + L_t < L_(t-1), else v_(t-1)[i].
@@ -21,10 +21,10 @@ __device__ __forceinline__ int held_level(int64 d, int held) {
   return level;
 }
 
-// v_p[i]; term(feature) is one square.
-template <class Term>
+// v_p[i], for p up to `levels`; term(feature) is one square.
+template <int levels, class Term>
 __device__ __forceinline__ double subtree(int64 d, int p, int64 i, const Term& term) {
-  double waiting[LEVELS];
+  double waiting[levels];
   const int64 terms = (int64)1 << p;
   for (int64 q = 0;; ++q) {
     int64 feature = i;
@@ -39,7 +39,7 @@ __device__ __forceinline__ double subtree(int64 d, int p, int64 i, const Term& t
     const bool last = q + 1 == terms;
     bool carried = true;
 #pragma unroll
-    for (int level = 0; level < LEVELS; ++level) {
+    for (int level = 0; level < levels; ++level) {
       if (carried && level < p) {
         if ((q >> level) & 1) {
           value = sum_of(waiting[level], value);
@@ -53,20 +53,31 @@ __device__ __forceinline__ double subtree(int64 d, int p, int64 i, const Term& t
   }
 }
 
-// The sum of all terms, in every thread. `held` values of shared memory; thread of `threads` that all call it.
-template <class Term>
-__device__ __forceinline__ double tree_sum(int64 d, double* values, int held, int thread, int threads, const Term& term) {
+// The threads that sum together wait for each other: those of a warp, or of a block.
+template <int threads>
+__device__ __forceinline__ void together() {
+  if (threads == 32) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+// The sum of all terms, in every thread. `held` values of shared memory; thread of `threads` that all call it: a warp's,
+// or the block's. At most 2**levels times `held` terms.
+template <int threads, int levels = LEVELS, class Term>
+__device__ __forceinline__ double tree_sum(int64 d, double* values, int held, int thread, const Term& term) {
   const int p = held_level(d, held);
   int length = (int)level_length(d, p);
-  for (int i = thread; i < length; i += threads) values[i] = p == 0 ? term(i) : subtree(d, p, i, term);
-  __syncthreads();
+  for (int i = thread; i < length; i += threads) values[i] = p == 0 ? term(i) : subtree<levels>(d, p, i, term);
+  together<threads>();
   while (length > 1) {
     const int half = (length + 1) / 2;
     for (int i = thread; i < length - half; i += threads) values[i] = sum_of(values[i], values[half + i]);
-    __syncthreads();
+    together<threads>();
     length = half;
   }
   const double total = values[0];
-  __syncthreads();
+  together<threads>();
   return total;
 }

@@ -79,7 +79,28 @@ class Candidates(NamedTuple):
     centroid: torch.Tensor
 
 
-class Backend(Protocol):
+class Rows(Protocol):
+    """What is asked of rows before and after the passes; the same bits from every backend."""
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """The largest absolute value of each column of rows (b, d), float64 (d,); NaN and infinity pass on."""
+        ...
+
+    def total(self, x: torch.Tensor, grid: Grid, sums: torch.Tensor) -> None:
+        """Add rows (b, d) to ``sums`` float64 (levels, d), on ``grid``."""
+        ...
+
+    def dist2(self, x: torch.Tensor, centroids: torch.Tensor, which: torch.Tensor | None = None) -> torch.Tensor:
+        """Reference distance of rows (b, d) to centroids (k, d), to ``which`` (b,) each; without that, to one (d,).
+
+        Returns
+        -------
+        float64 (b,)
+        """
+        ...
+
+
+class Backend(Rows, Protocol):
     """One implementation of the steps; ``gpuclust.cluster.exact`` has what its labels must be, and how to be sure.
 
     Attributes

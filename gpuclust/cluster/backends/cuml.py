@@ -106,7 +106,7 @@ class CumlBackend(TorchBackend):
                 tol=tol,
                 random_state=seed % 2**31,
             )
-            dist2 = distances(source, centroids, labels)
+            dist2 = distances(self, source, centroids, labels)
             inertia = total(dist2, weights)
             if best is None or inertia < best[3]:
                 best = centroids, labels, dist2, inertia, n_iter

@@ -16,16 +16,18 @@ from typing import Any
 import torch
 
 from gpuclust.cluster.backends.base import SLICE, Operand, Problem
+from gpuclust.cluster.backends.cupy_rows import MOST_SPANS, RowKernels
+from gpuclust.cluster.backends.cupy_rows import strided as _rows
+from gpuclust.cluster.backends.probe import differs
 from gpuclust.cluster.backends.split import Split, ends
 from gpuclust.cluster.backends.tile import Tile
 from gpuclust.cluster.backends.tile import blocks as _blocks
 from gpuclust.cluster.backends.tile import up as _up
 from gpuclust.cluster.exact import FLOAT16, Frame
-from gpuclust.cluster.sources.base import chunk_rows
+from gpuclust.cluster.sources.base import listed_rows
 from gpuclust.cluster.sums import Grid
 from gpuclust.kernels.launch import Launcher
 
-_ROW = {torch.float16: "Float16", torch.bfloat16: "BFloat16", torch.float32: "float", torch.float64: "double"}
 # As in the kernels' files.
 _OWNERS = 128
 _THREADS, _ROWS_ACCUMULATED, _WARPS = 256, 64, 8
@@ -33,10 +35,7 @@ _THREADS, _ROWS_ACCUMULATED, _WARPS = 256, 64, 8
 _PRODUCT_BYTES = 24 << 20
 # Shared memory for the sums of the first pass: two blocks of a multiprocessor.
 _SUMS_BYTES = 80 << 10
-# Blocks side by side over the features, at most (the second dimension of a grid).
-_MOST_SPANS = 65535
 _Lists = tuple[torch.Tensor | None, torch.Tensor | None]
-_UNPROVED = "auto takes it once a committed GPU row shows its contract test passing"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Looks(Operand):
     finer: Split
 
 
-class CupyBackend:
+class CupyBackend(RowKernels):
     """k-means steps as CUDA kernels.
 
     Parameters
@@ -102,12 +101,11 @@ class CupyBackend:
         return None
 
     def reserved(self, problem: Problem) -> str | None:
-        return _UNPROVED
+        return differs(self, problem.device)
 
     def chunk_rows(self, r: int, k: int, d: int, device: torch.device) -> int:
-        """Rows of a chunk: where no scores are stored, the lists of open rows (12 bytes each) set them."""
-        stored = 4 * r if self._tile(k, d, device).rows else r * k
-        return chunk_rows(stored, d, device, r)
+        """Rows of a chunk: no scores are stored, and the lists of open rows have 12 bytes for each."""
+        return listed_rows(12 * r, device)
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Looks:
         operand, finer = frame.operand(centroids, dtype, FLOAT16), Split.of(frame, centroids, dtype)
@@ -183,7 +181,7 @@ class CupyBackend:
         magic = torch.stack(grid.magic)
         shared_bytes = levels * k * _OWNERS * 8
         if minus is None and shared_bytes <= _SUMS_BYTES:
-            spans = min(_blocks(d, _OWNERS), _MOST_SPANS)
+            spans = min(_blocks(d, _OWNERS), MOST_SPANS)
             rows = max(_ROWS_ACCUMULATED, _blocks(n, _blocks(8 * self.launch.blocks(device), spans)))
             for restart in range(r):
                 self.launch(
@@ -191,7 +189,7 @@ class CupyBackend:
                     *_rows(x), weights, magic, levels, plus[restart], k, rows, sums[:, restart], sums.stride(0),
                 )  # fmt: skip
             return
-        blocks = _blocks(n, _ROWS_ACCUMULATED), min(_blocks(d, _THREADS), _MOST_SPANS)
+        blocks = _blocks(n, _ROWS_ACCUMULATED), min(_blocks(d, _THREADS), MOST_SPANS)
         self.launch(
             device, "accumulate.cu", options, "accumulate", blocks, _THREADS, 0,
             *_rows(x), weights, magic, levels, *labels, k, r, sums, sums.stride(0), sums.stride(1),
@@ -272,10 +270,6 @@ class CupyBackend:
     def _tile(self, k: int, d: int, device: torch.device) -> Tile:
         return Tile.of(k, d, self.launch.shared_memory_bytes(device), self.launch.multiprocessors(device))
 
-    @staticmethod
-    def _options(x: torch.Tensor) -> tuple[str, ...]:
-        return (f"-DROW={_ROW[x.dtype]}",)
-
 
 @cache
 def _launcher() -> Launcher:
@@ -292,7 +286,3 @@ def multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.mm(a, b, out_dtype=torch.float32)
     finally:
         matmul.allow_fp16_reduced_precision_reduction = reduced
-
-
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
-    return x, x.shape[0], x.shape[1], x.stride(0), x.stride(1)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from gpuclust.cluster.backends.base import SLICE, Candidates, Operand, Problem
+from gpuclust.cluster.backends.plain import Plain
 from gpuclust.cluster.exact import Frame, decide
 from gpuclust.cluster.sources.base import chunk_rows, piece_rows, tile_rows, tiles
 from gpuclust.cluster.sums import Grid
@@ -26,7 +27,7 @@ _COPIED = 2
 _GROUP = 16
 
 
-class TorchBackend:
+class TorchBackend(Plain):
     """k-means steps as torch operations, on the CPU, CUDA, or any device that has float64."""
 
     name = "torch"

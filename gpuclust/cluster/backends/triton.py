@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from gpuclust.cluster.backends.base import Operand, Problem
+from gpuclust.cluster.backends.plain import Plain
 from gpuclust.cluster.backends.probe import differs
 from gpuclust.cluster.backends.torch import propose
 from gpuclust.cluster.exact import FLOAT16, Frame, decide
@@ -71,7 +72,7 @@ class Cascade(Operand):
         return made
 
 
-class TritonBackend:
+class TritonBackend(Plain):
     """k-means steps as Triton kernels, on CUDA; in the interpreter on any device that torch has."""
 
     name = "triton"

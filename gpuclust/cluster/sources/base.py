@@ -127,6 +127,12 @@ def chunk_rows(clusters: int, d: int, device: torch.device, restarts: int = 1) -
     return relieved(max(16, min(_PIECES * _piece_rows(clusters, d, device), most)))
 
 
+def listed_rows(row_bytes: int, device: torch.device) -> int:
+    """Rows of a chunk of which nothing is stored but lists, so many bytes for each; no result depends on it."""
+    size = environment().chunk_bytes or _LIST_BYTES.get(device.type, 16 << 20)
+    return relieved(max(16, size // row_bytes))
+
+
 def stage_bytes(memory_limit: int | None = None) -> int:
     """Bytes of one of the two buffers that rows pass through; GPUCLUST_CHUNK_BYTES sets them, too."""
     size = environment().chunk_bytes or _STAGE_BYTES
