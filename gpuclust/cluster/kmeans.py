@@ -91,7 +91,7 @@ class KMeans(Portable, ScikitLearn):
         Bytes that tensors may take beside X; less than one restart needs is an error, which says how much that is. A
         copy of X on the device counts; X that leaves too little is streamed. None: about 256 MiB and a tenth of X. It
         never changes the result. Where memory runs out in mid-fit, smaller chunks are tried. With L levels of sums (1
-        for float32 rows below 2**19 of them, else 2; more for weights), w bytes of a centroid's value, r restarts that
+        for float32 rows below 2**21 of them, else 2; more for weights), w bytes of a centroid's value, r restarts that
         run at a time and 2 to 32 MiB (on a GPU 32 to 512 MiB) of chunks, a fit takes at most
         ``40 n + d (96 + k (24 + 8 L)) + r (40 n + k d (2 w + 12 + 8 L))`` with the primal solver and
         ``40 n + d (96 + k (32 + 8 L + 3 w)) + 12 n^2 + r (64 n + 32 k n)`` with the dual one, and 40 n + 8 r n more

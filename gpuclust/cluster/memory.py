@@ -1,7 +1,7 @@
 """What a fit takes beside its rows, in bytes, for each solver; and how it keeps within a limit.
 
 With n rows in a process, d features, k clusters, w bytes of a centroid's value (8 for float64 rows, else 4), L levels
-of the sums' grid (1 for float32 rows below 2**19 of them; more for float64 and for weights), r restarts at a time:
+of the sums' grid (1 for float32 rows below 2**21 of them; more for float64 and for weights), r restarts at a time:
 
     primal: 40 n + d (96 + k (24 + 8 L))                  + r (40 n + k d (2 w + 12 + 8 L))          + work
     dual:   40 n + d (96 + k (32 + 8 L + 3 w)) + 12 n^2   + r (64 n + 32 k n)                        + work

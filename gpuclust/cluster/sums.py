@@ -26,6 +26,8 @@ from gpuclust.errors import InputError
 _TOTAL_VALUES = 1 << 20
 # The sum of n terms of at most t is in range, with the numbers that round them to a grid, where so many times n t is.
 SUMMED = 16
+# Bits that sums keep below the last of the largest value; a mean's error is half of the last of them at most.
+_GUARD = 6
 _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
@@ -121,8 +123,8 @@ def levels_of(n: int, dtype: torch.dtype, lightest: float = 1.0) -> int:
 def _digits(n: int, dtype: torch.dtype, lightest: float) -> tuple[int, int, int]:
     """Bits that a level of a grid tells apart, bits that sums of ``n`` terms are to have, and levels for them."""
     bits = 51 - math.ceil(math.log2(n + 1))
-    levels = 1 if bits >= _DIGITS[dtype] + 8 else 2
-    digits = min(_DIGITS[dtype] + 8, levels * bits)
+    levels = 1 if bits >= _DIGITS[dtype] + _GUARD else 2
+    digits = min(_DIGITS[dtype] + _GUARD, levels * bits)
     return bits, digits, max(levels, math.ceil((digits - math.log2(lightest)) / bits))
 
 

@@ -1,14 +1,15 @@
 // Sums and counts of the clusters, free of any order: each term is rounded to a grid on which every partial sum is exact
 // (gpuclust.cluster.sums), so that atomic additions in float64 give the same bits in whatever order they come.
 //
-// Tiles: a block of `accumulate` takes ROWS rows and 256 features of all restarts and looks at their labels; only a row
-// whose label changed is read: its terms are added to the cluster that gains it and taken from the one that loses it. No
-// sort, and later iterations cost little more than reading the labels. `first` is for the first pass and few clusters: a
-// thread owns one feature, adds many rows up in shared memory that it shares with nobody, (levels, k) values per thread,
-// and adds these to the sums at the end. `count`: a lane per row; lanes of a warp with one cluster add once.
+// Tiles: a block of `accumulate` takes ROWS rows and 256 features of all restarts (of narrow rows several at a time) and
+// looks at their labels; only those whose label changed are read, AHEAD of them at once: their terms are added to the
+// cluster that gains the row and taken from the one that loses it. No sort, and later iterations cost little more than
+// reading the labels. `first` is for the first pass and few clusters: a thread owns one feature, adds many rows up in
+// shared memory that it shares with nobody, (levels, k) values per thread, and adds these to the sums at the end.
+// `count`: a lane per row; lanes of a warp with one cluster add once.
 #include "rows.cuh"
 
-constexpr int ROWS = 64, THREADS = 256, OWNERS = 128;
+constexpr int ROWS = 64, THREADS = 256, OWNERS = 128, AHEAD = 4;
 
 // The term of each level of the grid: multiples of its step; what is left goes to the next.
 template <class Add>
@@ -26,30 +27,51 @@ __device__ __forceinline__ double weighted(const Rows& x, const double* weights,
   return weights ? product_of(value, weights[row]) : value;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) accumulate(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) accumulate(
     const ROW* first, int64 n, int64 d, int64 row_stride, int64 column_stride, const double* weights,
     const double* magic, int64 levels, const int* plus, int64 plus_stride, const int* minus, int64 minus_stride,
     int64 k, int64 r, double* sums, int64 level_stride, int64 restart_stride) {
-  __shared__ int gains[ROWS], loses[ROWS];
+  __shared__ int moved[ROWS], gains[ROWS], loses[ROWS];
+  __shared__ int count;
   const Rows x = {first, n, d, row_stride, column_stride};
   const int64 from = (int64)blockIdx.x * ROWS;
+  const int columns = d < THREADS ? (int)d : THREADS, together = THREADS / columns, own = threadIdx.x / columns;
   for (int64 restart = 0; restart < r; ++restart) {
     __syncthreads();
-    if (threadIdx.x < ROWS) {
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    if (threadIdx.x < ROWS && from + threadIdx.x < n) {
       const int64 row = from + threadIdx.x;
-      gains[threadIdx.x] = row < n ? plus[restart * plus_stride + row] : -1;
-      loses[threadIdx.x] = row < n && minus ? minus[restart * minus_stride + row] : -1;
+      const int gain = plus[restart * plus_stride + row];
+      const int lose = minus ? minus[restart * minus_stride + row] : -1;
+      if (gain != lose) {
+        const int place = atomicAdd(&count, 1);
+        moved[place] = threadIdx.x;
+        gains[place] = gain;
+        loses[place] = lose;
+      }
     }
     __syncthreads();
-    for (int64 f = (int64)blockIdx.y * THREADS + threadIdx.x; f < d; f += (int64)gridDim.y * THREADS) {
+    const int rows = own < together ? count : 0;
+    for (int64 f = (int64)blockIdx.y * columns + threadIdx.x % columns; f < d; f += (int64)gridDim.y * columns) {
       double* target = sums + restart * restart_stride + f;
-      for (int i = 0; i < ROWS; ++i) {
-        const int gain = gains[i], lose = loses[i];
-        if (gain == lose) continue;
-        split(weighted(x, weights, from + i, f), magic, levels, d, f, [&](int64 level, double term) {
-          atomicAdd(target + level * level_stride + gain * d, term);
-          if (lose >= 0) atomicAdd(target + level * level_stride + lose * d, -term);
-        });
+      for (int i = own; i < rows; i += AHEAD * together) {
+        double values[AHEAD];  // read before any is added: an addition lets no read go before it
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+          const int at = i + a * together;
+          values[a] = at < rows ? weighted(x, weights, from + moved[at], f) : 0.0;
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) {
+          const int at = i + a * together;
+          if (at >= rows) break;
+          const int gain = gains[at], lose = loses[at];
+          split(values[a], magic, levels, d, f, [&](int64 level, double term) {
+            atomicAdd(target + level * level_stride + gain * d, term);
+            if (lose >= 0) atomicAdd(target + level * level_stride + lose * d, -term);
+          });
+        }
       }
     }
   }

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from gpuclust.cluster.backends.base import SLICE, Operand, Problem
-from gpuclust.cluster.backends.cupy_rows import MOST_SPANS, RowKernels
+from gpuclust.cluster.backends.cupy_rows import MOST_SPANS as _MOST_SPANS
+from gpuclust.cluster.backends.cupy_rows import RowKernels
 from gpuclust.cluster.backends.cupy_rows import strided as _rows
 from gpuclust.cluster.backends.probe import differs
 from gpuclust.cluster.backends.split import Split, ends
@@ -181,7 +182,7 @@ class CupyBackend(RowKernels):
         magic = torch.stack(grid.magic)
         shared_bytes = levels * k * _OWNERS * 8
         if minus is None and shared_bytes <= _SUMS_BYTES:
-            spans = min(_blocks(d, _OWNERS), MOST_SPANS)
+            spans = min(_blocks(d, _OWNERS), _MOST_SPANS)
             rows = max(_ROWS_ACCUMULATED, _blocks(n, _blocks(8 * self.launch.blocks(device), spans)))
             for restart in range(r):
                 self.launch(
@@ -189,7 +190,7 @@ class CupyBackend(RowKernels):
                     *_rows(x), weights, magic, levels, plus[restart], k, rows, sums[:, restart], sums.stride(0),
                 )  # fmt: skip
             return
-        blocks = _blocks(n, _ROWS_ACCUMULATED), min(_blocks(d, _THREADS), MOST_SPANS)
+        blocks = _blocks(n, _ROWS_ACCUMULATED), min(_blocks(d, _THREADS), _MOST_SPANS)
         self.launch(
             device, "accumulate.cu", options, "accumulate", blocks, _THREADS, 0,
             *_rows(x), weights, magic, levels, *labels, k, r, sums, sums.stride(0), sums.stride(1),

@@ -13,9 +13,9 @@ from gpuclust.cluster.relief import relieved
 from gpuclust.config import environment
 
 # Bytes of scores that are held at a time: what a processor's cache takes, or what keeps a GPU busy.
-_PIECE_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
+_PIECE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 # Pieces of a chunk.
-_PIECES = 16
+_PIECES = {"cuda": 4}
 # Bytes of lists of the rows of a chunk, and what a row takes in them for each restart.
 _LIST_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 _LISTED_BYTES = 128
@@ -124,7 +124,7 @@ def _piece_rows(clusters: int, d: int, device: torch.device) -> int:
 def chunk_rows(clusters: int, d: int, device: torch.device, restarts: int = 1) -> int:
     """Rows of a chunk: so many pieces that what is done once for a chunk costs little, and lists of rows little too."""
     most = _LIST_BYTES.get(device.type, 16 << 20) // (_LISTED_BYTES * restarts)
-    return relieved(max(16, min(_PIECES * _piece_rows(clusters, d, device), most)))
+    return relieved(max(16, min(_PIECES.get(device.type, 16) * _piece_rows(clusters, d, device), most)))
 
 
 def listed_rows(row_bytes: int, device: torch.device) -> int:
