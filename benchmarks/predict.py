@@ -33,10 +33,12 @@ CACHE_BYTES_PER_S = 6.65e12
 # Shares of the rows that the first look and then the second leave open, and that move: found on a CPU in ten iterations
 # over 800 to 20,000 rows of each shape, from the fifth on 0 to 2.7 %, 0 to 0.05 % and 0 to 12 %.
 OPEN, LEFT, MOVED = 0.02, 2e-4, 0.1
-# An iteration's operations of torch and kernels, counted; what the host needs for each, and the device at least.
-OPERATIONS, HOST_S, DEVICE_S = 203, 5e-6, 2.5e-6
-# Bytes that operations on centroids, sums and operands read and write for each value of the centroids, counted.
-CENTROID_BYTES = 400
+# What the host issues in an iteration, 26 operations of torch and 10 kernels (tests/test_late.py counts them), and how
+# many of these run on the device; what the host needs for each, and the device at least.
+OPERATIONS, LAUNCHES, HOST_S, DEVICE_S = 36, 14, 5e-6, 2.5e-6
+# Bytes that are read and written for each value of the centroids: itself twice and its mean once, as float32, operands
+# of 2 + 4 + 4 bytes; and its sums, on each level of their grid.
+CENTROID_BYTES, LEVEL_BYTES = 22, 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def predict(case: Case) -> Prediction:
     moved = MOVED * n * d
     update_s = memory_s(8 * n + moved * case.torch_dtype.itemsize)
     update_s += 2 * levels * moved * 16 / CACHE_BYTES_PER_S  # an atomic addition reads and writes a float64
-    steps_s = OPERATIONS * DEVICE_S + memory_s(CENTROID_BYTES * k * d)
+    steps_s = LAUNCHES * DEVICE_S + memory_s((CENTROID_BYTES + levels * LEVEL_BYTES) * k * d)
     first, second = ([look(case, FUSED[i]) * case.batch for i in (1, 0)] for look in (first_look_s, second_look_s))
     return Prediction(
         (first[0], first[1]),

@@ -26,6 +26,9 @@
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -186,6 +189,15 @@ T __shfl_xor_sync(unsigned, T value, int other) {
   return on_host::of_lane<T>(on_host::exchange(value), on_host::current % 32 ^ other);
 }
 
+inline unsigned __ballot_sync(unsigned, bool mine) {
+  const on_host::Slot* all = on_host::exchange(mine);
+  unsigned lanes = 0;
+  for (int lane = 0; lane < 32; ++lane) lanes |= (unsigned)on_host::of_lane<bool>(all, lane) << lane;
+  return lanes;
+}
+inline int __ffs(unsigned bits) { return __builtin_ffs((int)bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 template <class T, class U>
 T atomicAdd(T* address, U value) {
   const T before = *address;
@@ -235,6 +247,7 @@ inline float min_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b
 inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 inline double sum_of(double a, double b) { return a + b; }
 inline double product_of(double a, double b) { return a * b; }
+inline double quotient_of(double a, double b) { return a / b; }
 
 inline Float16 to_float16(float value) {
   const unsigned sign = std::signbit(value) ? 0x8000 : 0;

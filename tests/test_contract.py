@@ -105,13 +105,15 @@ def check_accumulate(backend: Backend, case: Case, device: str) -> None:
     sums = torch.zeros(grid.levels, r, k, case.d, dtype=torch.float64, device=device)
     counts = torch.zeros(r, k, dtype=torch.float64, device=device)
     half = case.n // 2
+    changed = torch.full((r,), 5, dtype=torch.int64, device=device)
     for plus, minus in ((first, None), (second, first)):
         for part in (slice(half, case.n), slice(0, half)):  # in any order
             some = None if values is None else values[part]
             old = None if minus is None else minus[:, part]
             if x[part].shape[0]:
-                backend.accumulate(x[part], some, grid, plus[:, part], old, sums, counts)
+                backend.accumulate(x[part], some, grid, plus[:, part], old, sums, counts, changed)
         check_sums(case, x, values, grid, plus, sums, counts)
+    assert changed.tolist() == (5 + case.n + (first != second).sum(1)).tolist()
 
 
 def check_sums(case, x, values, grid, labels, sums, counts) -> None:  # type: ignore[no-untyped-def]
@@ -266,8 +268,8 @@ def test_the_checks_find_a_wrong_label_and_a_wrong_sum() -> None:
             labels[0, 3] = int(dist2[3].argmax())
             return count
 
-        def accumulate(self, x, weights, grid, plus, minus, sums, counts):  # type: ignore[no-untyped-def]
-            self.right.accumulate(x, weights, grid, plus, minus, sums, counts)
+        def accumulate(self, x, weights, grid, plus, minus, sums, counts, changed):  # type: ignore[no-untyped-def]
+            self.right.accumulate(x, weights, grid, plus, minus, sums, counts, changed)
             sums[0, 0, 0, 0] += grid.magic[0][0] / 2**52
 
     with pytest.raises(AssertionError):

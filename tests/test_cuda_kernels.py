@@ -25,6 +25,8 @@ CASES += [
     for row in ROWS
     for group in (32, 256)
 ]
+CASES += [(name, (f"-DROW={row}", "-DTREE_LEVELS=2")) for name in ("decide.cu", "step.cu") for row in ROWS]
+CASES += [("prepare.cu", ("-DROW=float", f"-DSWIZZLED_COLUMNS={columns}")) for columns in (32, 64, 128)]
 CASES += [("rescore.cu", (f"-DROW={row}", f"-DWARPS={warps}")) for row in ROWS for warps in (1, 2, 4)]
 CASES += [
     ("assign.cu", (f"-DROW={row}", *tile.options))
@@ -34,8 +36,15 @@ CASES += [
 ]
 CASES += [("assign.cu", ("-DROW=Float16", *tile.options)) for tile in STREAMED]
 # Registers times threads of the blocks that are to share a multiprocessor (65,536), and static shared memory.
-MOST_REGISTERS = {"assign": 128, "dist2": 128, "product": 128, "rescore": 128, "decide": 128}
-MOST_SHARED_BYTES = {"rescore": 4 << 10, "decide": 13 << 10, "dist2": 16 << 10, "assign": 8 << 10}
+MOST_REGISTERS = {"assign": 128, "dist2": 128, "product": 128, "rescore": 128, "decide": 128, "move": 128, "close": 128}
+MOST_SHARED_BYTES = {
+    "rescore": 4 << 10,
+    "decide": 13 << 10,
+    "dist2": 16 << 10,
+    "assign": 8 << 10,
+    "move": 8 << 10,
+    "close": 8 << 10,
+}
 
 
 def used(log: str) -> dict[str, dict[str, int]]:

@@ -21,9 +21,11 @@ from gpuclust.cluster.backends import choose, cupy_wide, survey
 from gpuclust.cluster.backends import cupy as cupy_backend
 from gpuclust.cluster.backends import tile as tile_choice
 from gpuclust.cluster.backends.base import Problem
-from gpuclust.cluster.backends.cupy import CupyBackend, Looks
+from gpuclust.cluster.backends.cupy import CupyBackend
+from gpuclust.cluster.backends.looks import Looks
 from gpuclust.cluster.backends.tile import Tile
 from gpuclust.cluster.backends.torch import TorchBackend
+from gpuclust.cluster.exact import FLOAT16, SPLIT
 from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.predict import nearest
@@ -102,8 +104,9 @@ class Spy:
             self.opened.append(rest[-5].clone())
         self.kernels.append(kernel)
         if kernel == "decide":
-            self.left.append(tuple(part.cpu().clone() for part in rest[-3:]))
+            self.left.append(tuple(part.cpu().clone() for part in rest[-5:-2]))
             if not self.decides:
+                rest[-1].copy_(rest[-5].sum())
                 return
         self.launcher(device, file, options, kernel, *rest)
 
@@ -228,8 +231,8 @@ def test_streamed_rows_in_several_chunks_have_the_labels_and_open_rows_of_one(
         spy = backend.launch = Spy(backend.launch)
         found.append((*assigned(backend, x, centroids), spy.opened[0].tolist(), spy.kernels))
     (labels, decided, opened, kernels), (labels_1, decided_1, opened_1, kernels_1) = found
-    assert kernels == ["convert", "assign", "merge", "rescore", "decide"]
-    assert kernels_1 == ["convert", "assign", "merge"] * 3 + ["rescore", "decide"]
+    assert kernels == ["prepare", "repeated", "convert", "assign", "merge", "rescore", "decide"]
+    assert kernels_1 == ["prepare", "repeated", *["convert", "assign", "merge"] * 3, "rescore", "decide"]
     assert [mislabelled(labels_1[i], x, centroids[i]) for i in range(2)] == [0, 0]
     assert torch.equal(labels, labels_1)
     assert (decided, opened) == (decided_1, opened_1)
@@ -313,7 +316,7 @@ def test_the_first_look_leaves_open_what_its_bound_says_and_reads_nothing_beside
         centroids = seeds(x, 2, k)
         labels, _ = assigned(backend, x, centroids)
         assert mislabelled(labels[0], x, centroids[0]) == 0
-        operand = backend.prepare(frame, centroids, dtype)
+        operand = frame.operand(centroids, dtype, FLOAT16)
         assert operand.shift is not None
         seen = (x.to(operand.shift.dtype) * operand.scale - operand.shift).half().double()
         products = operand.matrix.double() @ seen.t()
@@ -367,13 +370,14 @@ def test_the_second_look_has_the_scores_that_its_bound_says(
         nonlocal width
         finer = operand.finer
         norms = moments.frame.norms(moments.dist2).double()
-        width = float((finer.high.double().abs() + finer.slope.double() * norms).max()) * 2**6 + 1
+        known = moments.frame.operand(centroids, dtype, SPLIT)
+        width = float((known.high.double().abs() + known.slope.double() * norms).max()) * 2**6 + 1
         return all_open(replace(operand, finer=replace(finer, reach=torch.full_like(finer.reach, width))))
 
     moments = Moments.of(TensorSource(x))
     labels, decided = assigned(backend, x, centroids, spoil)
     assert decided == n * r
-    finer = backend.prepare(moments.frame, centroids, dtype).finer
+    finer = moments.frame.operand(centroids, dtype, SPLIT)
     assert finer.shift is not None
     seen = (x.to(finer.shift.dtype) * finer.scale - finer.shift).float().double()
     norms = moments.frame.norms(moments.dist2).double()
@@ -498,9 +502,9 @@ def test_what_is_not_a_number_certifies_nothing_wrong(
         return all_open(replace(operand, finer=replace(finer, **{name: spoiled})))
 
     def third(operand: Looks) -> Looks:
-        name = {"padded": "matrix", "reach": "high"}.get(field, field)
+        name, at = {"padded": ("matrix", 2), "reach": ("terms", (0, 2))}.get(field, ("terms", (0, 2, field == "slope")))
         spoiled = getattr(operand.finer, name).clone()
-        spoiled[2] = value
+        spoiled[at] = value
         nothing_certain = torch.full_like(operand.finer.reach, math.nan)
         return all_open(replace(operand, finer=replace(operand.finer, reach=nothing_certain, **{name: spoiled})))
 
@@ -545,7 +549,7 @@ def test_fast_takes_the_least_score(device: torch.device, make: Make) -> None:
     for d, shared_bytes in ((30, None), (30, TOO_LITTLE), (1100, LITTLE)):
         x = rows("blobs", 200, d).to(device)
         centroids = seeds(x, 1, 40)
-        operand = make().prepare(Moments.of(TensorSource(x)).frame, centroids, x.dtype)
+        operand = Moments.of(TensorSource(x)).frame.operand(centroids, x.dtype, FLOAT16)
         assert operand.shift is not None
         seen = (x * operand.scale - operand.shift).half().double()
         scores = seen @ operand.matrix.double().t() + (operand.high[:, 0].double() + operand.low[:, 0].double()) / 2

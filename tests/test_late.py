@@ -10,13 +10,12 @@ from cases_cluster import rows
 from on_host import HostLauncher
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpuclust.cluster import exact
 from gpuclust.cluster.backends import cupy as cupy_backend
 from gpuclust.cluster.backends.cupy import CupyBackend
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.distributed import OneProcess
 from gpuclust.cluster.late import Late
-from gpuclust.cluster.lloyd import Lloyd, Weights
+from gpuclust.cluster.lloyd import Lloyd, Weights, _Front
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.sources.base import TensorSource
 
@@ -79,7 +78,6 @@ def test_an_iteration_waits_for_nothing(
     dtype: torch.dtype, d: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cupy_backend, "multiplied", lambda a, b: a.float() @ b.float())
-    monkeypatch.setattr(exact, "_may_ask", lambda device: False)
     x = rows("blobs", 80, d, dtype)
     weights = torch.arange(1.0, 81.0, dtype=torch.float64) if weighted else None
     starts = torch.stack([x[:5], x[20:25], x[40:45]]).to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -87,8 +85,31 @@ def test_an_iteration_waits_for_nothing(
     assert lloyd.late == 1
     waits, count = watched(lloyd, starts, monkeypatch)
     assert count > 2
-    assert waits.operations > 100
+    assert waits.operations > 20 * count
     assert waits.found == set()
+
+
+# Operations of torch, those that only allocate or look at a part of a tensor among them, and kernels: what the host
+# issues in an iteration of one chunk; benchmarks/predict.py has the first of these lines.
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    ("d", "weighted", "operations", "kernels"), [(6, False, 26, 10), (6, True, 39, 10), (1030, False, 32, 12)]
+)
+def test_what_the_host_issues_in_an_iteration(
+    d: int, weighted: bool, operations: int, kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cupy_backend, "multiplied", lambda a, b: a.float() @ b.float())
+    x = rows("noise", 200, d)
+    lloyd = loop(CupyBackend(HostLauncher()), x, torch.arange(1.0, 201.0, dtype=torch.float64) if weighted else None)
+    lloyd.chunk_rows = lambda restarts: 200
+    front = _Front.of(x[None, :5].clone(), 200, lloyd.moments.grid.levels)
+    lloyd._iterate(front, True)
+    launched = lloyd.backend.launch.launched  # type: ignore[attr-defined]
+    launched.clear()
+    with Waits() as waits:
+        lloyd._iterate(front, False)
+    assert (waits.operations, len(launched)) == (operations, kernels)
+    assert launched[-3:] == ["judge", "move", "close"]
 
 
 def test_what_waits_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from cases_cluster import KINDS, blobs, mislabelled, reference_dist2, rows
 from sklearn.cluster import KMeans as Peer
 
-from gpuclust.cluster import lloyd as lloyd_module
+from gpuclust.cluster import step
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.distributed import Group, OneProcess
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights
@@ -110,7 +110,7 @@ def test_centroids_move_the_same_some_at_a_time(at_a_time: int, monkeypatch: pyt
     x = rows("noise", 600, 3)
     starts = torch.stack([x[i::60][:8] for i in range(6)])
     whole, _ = lloyd(x, starts, tol=1e-3)
-    monkeypatch.setattr(lloyd_module, "block_rows", lambda d, device: max(1, at_a_time * 3 // d))
+    monkeypatch.setattr(step, "block_rows", lambda d, device: max(1, at_a_time * 3 // d))
     parts, _ = lloyd(x, starts, tol=1e-3)
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one.labels, other.labels)

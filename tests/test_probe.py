@@ -17,14 +17,24 @@ class Off(TorchBackend):
     def __init__(self, what: str) -> None:
         self.what = what
 
+    def advance(self, course, changed, masses, sums, centroids, limits):  # type: ignore[no-untyped-def, override]
+        report = super().advance(course, changed, masses, sums, centroids, limits)
+        if self.what == "means":
+            centroids[-1, -1, -1] += 2.0**-20
+        if self.what == "movements":
+            report[-1, 1] += 2.0**-20
+        return report
+
     def assign(self, x, norms, operand, labels, precision):  # type: ignore[no-untyped-def]
         decided = super().assign(x, norms, operand, labels, precision)
         if self.what == "labels":
             labels[-1, -1] = (labels[-1, -1] + 1) % operand.centroids.shape[1]
         return decided
 
-    def accumulate(self, x, weights, grid, plus, minus, sums, counts):  # type: ignore[no-untyped-def]
-        super().accumulate(x, weights, grid, plus, minus, sums, counts)
+    def accumulate(self, x, weights, grid, plus, minus, sums, counts, changed):  # type: ignore[no-untyped-def]
+        super().accumulate(x, weights, grid, plus, minus, sums, counts, changed)
+        if self.what == "changes" and minus is not None:
+            changed[0] += 1
         if self.what == "sums":
             sums[-1, -1, -1, -1] += 2.0**-20
         if self.what == "counts":
@@ -37,7 +47,7 @@ def test_a_backend_with_torchs_results_is_trusted() -> None:
     assert differs(TorchBackend(), CPU) is None
 
 
-@pytest.mark.parametrize("what", ["labels", "sums", "counts"])
+@pytest.mark.parametrize("what", ["labels", "sums", "counts", "changes", "means", "movements"])
 def test_a_wrong_result_is_named(what: str) -> None:
     assert differs(Off(what), CPU) == f"its {what} are not those of the torch backend on this device"
 

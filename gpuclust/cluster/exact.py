@@ -39,14 +39,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
-from gpuclust.cluster.backends.base import SLICE, Candidates, Operand
+from gpuclust.cluster.backends.base import SLICE, Bounded, Candidates
 from gpuclust.cluster.sources.base import block_rows
 from gpuclust.cluster.sums import tree_sum
 
 _U = 2.0**-24
+# Of the bound: what its own computation rounds is far less.
+INFLATE = 1 + 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,34 @@ def reference_dist2(
     return out
 
 
+class Bound(NamedTuple):
+    """The bound of the scores of an arithmetic in a frame, in numbers that are the same for all centroids.
+
+    With b the bias and l = ||c - m|| s of a centroid, all in float64,
+
+        margin = of_bias |b| + of_square l^2 + of_length l + fixed,        slope = slope l + least_slope;
+
+    where l is ``longest`` or more, or no number, the slope is no number.
+
+    Attributes
+    ----------
+    scale : float
+        s.
+    shift : (d,) or None
+        m s, as in `gpuclust.cluster.backends.base.Operand`.
+    """
+
+    scale: float
+    shift: torch.Tensor | None
+    of_bias: float
+    of_square: float
+    of_length: float
+    fixed: float
+    slope: float
+    least_slope: float
+    longest: float
+
+
 @dataclass(frozen=True)
 class Frame:
     """How the rows are seen by a pass: centre, scale, and whether they are converted at all.
@@ -192,12 +224,10 @@ class Frame:
         """Upper bounds of ||x - m|| s, float32 (b,), from the squared distances (b,) of the rows to the centre."""
         return (dist2.sqrt() * (self.scale * (1 + 2.0**-20)) + 2.0**-100).float()
 
-    def operand(self, centroids: torch.Tensor, dtype: torch.dtype, arithmetic: Arithmetic = FLOAT32) -> Operand:
+    def operand(self, centroids: torch.Tensor, dtype: torch.dtype, arithmetic: Arithmetic = FLOAT32) -> Bounded:
         """Prepare centroids (r, k, d) for a pass over rows of ``dtype`` in an arithmetic."""
         r, k, d = centroids.shape
-        stored = self.stored and arithmetic.reads_stored
-        scale = 1.0 if stored else self.lifted(dtype) if arithmetic.split else self.scale
-        summing = 0.0 if arithmetic.split else summing_error(d, arithmetic)
+        bound = self.bound(dtype, arithmetic)
         flat = centroids.reshape(r * k, d)
         matrix = torch.empty(r * k, d, dtype=arithmetic.dtype, device=flat.device)
         bias = torch.empty(r * k, dtype=torch.float64, device=flat.device)
@@ -206,43 +236,65 @@ class Frame:
         for start in range(0, r * k, size):
             part = slice(start, start + size)
             c = flat[part].double()
-            moved = (c - self.centre).mul_(scale)
+            moved = (c - self.centre).mul_(bound.scale)
             matrix[part] = (moved * -2.0).to(arithmetic.dtype)
             square[part] = torch.linalg.vecdot(moved, moved)
-            bias[part] = torch.linalg.vecdot(moved, c + self.centre) if stored else square[part]
+            bias[part] = torch.linalg.vecdot(moved, c + self.centre) if bound.shift is None else square[part]
+        length = square.sqrt()
+        slope = (length * bound.slope).add_(bound.least_slope)
+        slope.masked_fill_((length < bound.longest).logical_not_(), math.nan)
+        margin = bound.of_bias * bias.abs() + bound.of_square * square + bound.of_length * length + bound.fixed
+        return bounded(centroids, matrix, bias, slope, margin, bound.shift, bound.scale)
+
+    def bound(self, dtype: torch.dtype, arithmetic: Arithmetic) -> Bound:
+        """The bound of passes over rows of ``dtype`` in an arithmetic; made once."""
+        key = dtype, arithmetic
+        if key not in self._bounds:
+            self._bounds[key] = self._bound(dtype, arithmetic)
+        return self._bounds[key]
+
+    @cached_property
+    def _bounds(self) -> dict[tuple[torch.dtype, Arithmetic], Bound]:
+        return {}
+
+    def _bound(self, dtype: torch.dtype, arithmetic: Arithmetic) -> Bound:
+        d = len(self.centre)
+        stored = self.stored and arithmetic.reads_stored
+        scale = 1.0 if stored else self.lifted(dtype) if arithmetic.split else self.scale
         rho, tiny = arithmetic.rounding, arithmetic.tiny * math.sqrt(d)
         relative = relative_error(d, arithmetic) + (1 if stored else 2) * rho * (1 + 4 * rho) + rho * rho
+        of_bias, of_square, fixed = self._margin(d, 0.0 if arithmetic.split else summing_error(d, arithmetic), scale)
+        # Of rows used as stored ||x^|| is up to ||m|| more than ||x - m||; the bias has terms of that size, too.
         lift = self.offset if stored else 0.0
-        length = square.sqrt()
-        slope = 2 * length * relative + 2 * tiny
+        if dtype == torch.float64 and self.vanishing:
+            fixed = math.inf  # nothing can be certified
         # What leaves the range of the operands' type is infinite there: with such a centroid nothing is certain.
         most = torch.finfo(torch.float16 if arithmetic.split else arithmetic.dtype).max
-        slope.masked_fill_(2 * length * (1 + rho) >= most, math.nan)
-        margin = self.margin(bias, d, summing, square, scale) + 2 * tiny * (tiny + length)
-        # Of rows used as stored ||x^|| is up to ||m|| more than ||x - m||; the bias has terms of that size, too.
-        margin += slope * lift + d * 2.0**-51 * length * lift
-        if dtype == torch.float64 and self.vanishing:
-            margin += math.inf  # nothing can be certified
-        shift = None if stored else (self.centre * scale).to(torch.float64 if dtype == torch.float64 else torch.float32)
-        return bounded(centroids, matrix, bias, slope * (scale / self.scale), margin, shift, scale)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return Bound(
+            scale,
+            None if stored else (self.centre * scale).to(wide),
+            of_bias,
+            of_square,
+            2 * tiny + (2 * relative + d * 2.0**-51) * lift,
+            fixed + 2 * tiny * (tiny + lift),
+            2 * relative * (scale / self.scale),
+            2 * tiny * (scale / self.scale),
+            most / (2 * (1 + rho)),
+        )
 
-    def margin(
-        self,
-        bias: torch.Tensor,
-        d: int,
-        summing: float,
-        square: torch.Tensor | None = None,
-        scale: float | None = None,
-    ) -> torch.Tensor:
-        """The part of the bound that is the same for all rows: float64 (p,), for biases (p,) summed in float64, and for
-        ``square`` ||c - m||^2 s^2 (p,), where that is not the bias, in a pass of another scale than the frame's."""
-        square = bias if square is None else square
-        reference = (math.log2(d) + 4) * 2.0**-53
-        far = math.sqrt(self.far2) * (self.scale if scale is None else scale)
+    def margin(self, square: torch.Tensor, d: int, summing: float) -> torch.Tensor:
+        """The part of the bound that is the same for all rows: float64 (p,), for biases ||c - m||^2 s^2 (p,)."""
+        of_bias, of_square, fixed = self._margin(d, summing, self.scale)
+        return (of_bias + of_square) * square + fixed
+
+    def _margin(self, d: int, summing: float, scale: float) -> tuple[float, float, float]:
+        """The margin's share of the bias, its share of ||c - m||^2 s^2, and what it has beside these."""
+        reference = 4 * (math.log2(d) + 4) * 2.0**-53
+        far = math.sqrt(self.far2) * scale
         # Products and conversions lose this below the normal range, with the largest value near 1.
         underflow = d * 2.0**-110
-        rounding = (summing + 8 * _U) * bias.abs() + d * 2.0**-52 * square
-        return rounding + 4 * reference * (square + far * far) + underflow
+        return summing + 8 * _U, d * 2.0**-52 + reference, reference * far * far + underflow
 
 
 def summing_error(d: int, arithmetic: Arithmetic) -> float:
@@ -266,14 +318,13 @@ def bounded(
     margin: torch.Tensor,
     shift: torch.Tensor | None = None,
     scale: float = 1.0,
-) -> Operand:
+) -> Bounded:
     """The operand of centroids (r, k, d) with these biases, slopes and margins, float64 (r * k,)."""
-    inflate = 1 + 2.0**-10
-    high, low = bias + margin * inflate, bias - margin * inflate
+    high, low = bias + margin * INFLATE, bias - margin * INFLATE
     repeated = repeated_in(centroids, bias)
     high, low = (part.masked_fill(repeated, torch.finfo(torch.float32).max) for part in (high, low))
-    high, low, slope = (part.float()[:, None] for part in (high, low, slope * inflate))
-    return Operand(centroids, matrix, high, low, slope, shift, scale)
+    high, low, slope = (part.float()[:, None] for part in (high, low, slope * INFLATE))
+    return Bounded(centroids, shift, scale, matrix, high, low, slope)
 
 
 def repeated_in(centroids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -23,11 +23,9 @@ from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.relief import Relief
 from gpuclust.cluster.sketch import Sketches
 from gpuclust.cluster.sources.base import ChunkSource, block_rows, chunk_rows
+from gpuclust.cluster.step import EMPTY, ENDED, MOVES, Course, Finish, Limits, advance, move
 from gpuclust.cluster.story import Story
 from gpuclust.cluster.sums import Grid, joined, power_of_two, total, tree_sum
-
-# What a restart does: iterate; stand still because it has ended, or because a cluster is empty, which the host fills.
-_MOVES, _ENDED, _EMPTY = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -114,11 +112,7 @@ class _Front:
     labels : int32 (r, n)
     sums : float64 (levels, r, k, d)
         Of the rows of this process with these labels; so are ``counts``, float64 (r, k).
-    does : int64 (r,)
-    passes : int64 (r,)
-        In which it moved.
-    closing : bool (r,)
-        Whether the next pass is its last.
+    course : Course
     """
 
     restarts: list[int]
@@ -126,9 +120,7 @@ class _Front:
     labels: torch.Tensor
     sums: torch.Tensor
     counts: torch.Tensor
-    does: torch.Tensor
-    passes: torch.Tensor
-    closing: torch.Tensor
+    course: Course
 
     @classmethod
     def of(cls, centroids: torch.Tensor, n: int, levels: int) -> _Front:
@@ -139,9 +131,11 @@ class _Front:
             torch.full((r, n), -1, dtype=torch.int32, device=device),
             torch.zeros(levels, r, k, d, dtype=torch.float64, device=device),
             torch.zeros(r, k, dtype=torch.float64, device=device),
-            torch.full((r,), _MOVES, device=device),
-            torch.zeros(r, dtype=torch.int64, device=device),
-            torch.zeros(r, dtype=torch.bool, device=device),
+            Course(
+                torch.full((r,), MOVES, device=device),
+                torch.zeros(r, dtype=torch.int64, device=device),
+                torch.zeros(r, dtype=torch.bool, device=device),
+            ),
         )
 
     def keep(self, places: list[int]) -> _Front:
@@ -149,13 +143,13 @@ class _Front:
         if len(places) == len(self.restarts):
             return self
         index = torch.tensor(places, dtype=torch.int64, device=self.labels.device)
-        small = (self.counts, self.does, self.passes, self.closing)
         return _Front(
             [self.restarts[place] for place in places],
             self.centroids[index],
             self.labels[index],
             self.sums[:, index],
-            *(one[index] for one in small),
+            self.counts[index],
+            Course(*(one[index] for one in self.course)),
         )
 
 
@@ -177,8 +171,8 @@ class Lloyd:
     precision : {"exact", "fast"}
     relief : Relief, optional
         Where memory runs out in a pass, it makes the pass again.
-    finish : Callable
-        Makes centroids of the means (p, d) of clusters, float64, and of the centroids before.
+    finish : Callable, optional
+        Makes centroids of the means of clusters, as in `gpuclust.cluster.step.move`.
 
     Attributes
     ----------
@@ -200,13 +194,14 @@ class Lloyd:
         tol: float,
         precision: str,
         relief: Relief | None = None,
-        finish: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda means, before: means.to(before.dtype),
+        finish: Finish | None = None,
     ) -> None:
         self.finish = finish
         self.relief = relief or Relief(source.device)
         self.backend, self.source, self.moments, self.group = backend, source, moments, group
         self.weights, self.chunk_rows = weights, chunk_rows
         self.max_iter, self.tol, self.precision = max_iter, tol, precision
+        self.limits = Limits(max_iter, tol)
         self.norms = moments.frame.norms(moments.dist2)
         # T of `inertia`; here, since all processes add it up together.
         self.spread = moments.spread if weights is None else total(moments.dist2, weights.values, moments.block)
@@ -241,24 +236,17 @@ class Lloyd:
 
         Returns
         -------
-        (r, 3) : whether a restart made a step, how far its centroids moved, and whether it goes on.
+        (r, 2) : whether a restart made a step, and how far its centroids moved.
         """
-        changed = self.group.all_reduce(self._relieved(front.centroids, front.labels, front.sums, front.counts, first))
+        changed = self.group.all_reduce(self._relieved(front, first))
         masses = self.masses(front.labels, front.counts, front.counts.shape[1])
-        moves = front.does == _MOVES
-        front.passes += moves
-        end = moves & (front.closing | (changed == 0))
-        empty = moves & ~end & (masses == 0).any(1)
-        steps = moves & ~end & ~empty
-        front.does += end * _ENDED + empty * _EMPTY
         sums = self.group.all_reduce(front.sums)
         if story:
-            for i in (moves & ~front.closing).nonzero()[:, 0].tolist():
+            for i in ((front.course.does == MOVES) & ~front.course.closing).nonzero()[:, 0].tolist():
                 inertia = self.inertia(front.centroids[i], sums[:, i], masses[i])
-                story.iteration(front.restarts[i], int(front.passes[i]) - 1, inertia)
-        shift = self._step(front.centroids, sums, masses, steps)
-        front.closing = torch.where(steps, (shift <= self.tol) | (front.passes >= self.max_iter), front.closing)
-        return Late(torch.stack([steps.double(), shift], 1))
+                story.iteration(front.restarts[i], int(front.course.passes[i]), inertia)
+        given = front.course, changed, masses, sums, front.centroids, self.limits
+        return Late(advance(*given, self.finish) if self.finish else self.backend.advance(*given))
 
     @staticmethod
     def _read(reports: deque[Late], front: _Front, shifts: list[list[float]]) -> bool:
@@ -276,11 +264,9 @@ class Lloyd:
         masses = self.masses(front.labels, front.counts, front.counts.shape[1])
         sums = self.group.all_reduce(front.sums)
         moving = []
-        for i, (does, passes, closing) in enumerate(
-            torch.stack([front.does, front.passes, front.closing.long()], 1).tolist()
-        ):
+        for i, (does, passes, closing) in enumerate(torch.stack([one.long() for one in front.course], 1).tolist()):
             restart, centroids, labels = front.restarts[i], front.centroids[i], front.labels[i]
-            if does == _ENDED:
+            if does == ENDED:
                 solutions[restart] = Solution(
                     centroids.clone(),
                     labels.clone(),
@@ -292,55 +278,44 @@ class Lloyd:
                     story.end(restart, passes - closing, shifts[restart])
                 continue
             moving.append(i)
-            if does == _EMPTY:
+            if does == EMPTY:
                 shift = self.update(centroids, labels, sums[:, i], masses[i])
                 shifts[restart].append(shift)
-                front.closing[i] = shift <= self.tol or passes >= self.max_iter
-                front.does[i] = _MOVES
+                front.course.closing[i] = shift <= self.tol or passes >= self.max_iter
+                front.course.does[i] = MOVES
         return front.keep(moving)
 
-    def _relieved(
-        self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor, first: bool
-    ) -> torch.Tensor:
+    def _relieved(self, front: _Front, first: bool) -> torch.Tensor:
         """A pass that is made again where memory runs out. The labels are then still those from before; the sums are
         made anew from all rows, which gives the same bits as following the rows that moved."""
-        assigned, rechecked = self.work.assigned, self.work.rechecked + 0
+        assigned, rechecked = self.work.assigned, self.work.rechecked
 
         def undo() -> None:
             nonlocal first
-            self.work = Work(assigned, rechecked + 0)
+            self.work = Work(assigned, rechecked)
             self.sketches.restart()  # its first passes read all rows
             first = True
-            sums.zero_()
-            counts.zero_()
+            front.sums.zero_()
+            front.counts.zero_()
 
-        return self.relief.run(lambda: self._pass(centroids, labels, sums, counts, first=first), undo)
+        return self.relief.run(lambda: self._pass(front, first), undo)
 
-    def _pass(
-        self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor, *, first: bool
-    ) -> torch.Tensor:
+    def _pass(self, front: _Front, first: bool) -> torch.Tensor:
         """Label all rows and bring the sums up to date: how many labels of each restart changed, int64 (r,)."""
-        operand = self.backend.prepare(self.moments.frame, centroids, self.source.dtype)
+        operand = self.backend.prepare(self.moments.frame, front.centroids, self.source.dtype)
+        labels, new = front.labels, torch.empty_like(front.labels)
         self.work.assigned += labels.numel()
-        new = torch.empty_like(labels)
-        rechecked = self.sketches.assign(operand, new, self.precision)
-        if rechecked is not None:
-            self.work.rechecked += rechecked
-            for start, x in self.source.chunks(self.chunk_rows(len(labels))):
-                part = slice(start, start + x.shape[0])
-                self.account(x, part, new[:, part], labels[:, part], sums, counts)
-            count = (new != labels).sum(1)
-            labels.copy_(new)
-            return count
-        count = torch.zeros(len(labels), dtype=torch.int64, device=centroids.device)
+        changed = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
+        sketched = self.sketches.assign(operand, new, self.precision)
+        rechecked = self.work.rechecked if sketched is None else self.work.rechecked + sketched
         for start, x in self.source.chunks(self.chunk_rows(len(labels))):
             part = slice(start, start + x.shape[0])
             old, found = labels[:, part], new[:, part]
-            self.work.rechecked += self.backend.assign(x, self.norms[part], operand, found, self.precision)
-            count += (found != old).sum(1)
-            self.account(x, part, found, None if first else old, sums, counts)
-        labels.copy_(new)
-        return count
+            if sketched is None:
+                rechecked = rechecked + self.backend.assign(x, self.norms[part], operand, found, self.precision)
+            self.account(x, part, found, None if first else old, front.sums, front.counts, changed)
+        front.labels, self.work.rechecked = new, rechecked
+        return (new != labels).sum(1) if first else changed
 
     def account(
         self,
@@ -350,15 +325,17 @@ class Lloyd:
         old: torch.Tensor | None,
         sums: torch.Tensor,
         counts: torch.Tensor,
+        changed: torch.Tensor | None = None,
     ) -> None:
         """Bring the sums up to date with labels (r, b) of the rows ``x``; ``which`` of all rows they are."""
         weights = None if self.weights is None else self.weights.values[which]
-        self.backend.accumulate(x, weights, self.moments.grid, new, old, sums, counts)
+        self.backend.accumulate(x, weights, self.moments.grid, new, old, sums, counts, changed)
 
     def masses(self, labels: torch.Tensor, counts: torch.Tensor, k: int) -> torch.Tensor:
         """Weight of each cluster, over all processes, float64 (r, k)."""
-        local = counts[None] if self.weights is None else self.weights.per_cluster(labels, k)
-        return joined(self.group.all_reduce(local))
+        if self.weights is None:
+            return self.group.all_reduce(counts)
+        return joined(self.group.all_reduce(self.weights.per_cluster(labels, k)))
 
     def update(self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
         """Move the centroids (k, d) of one restart to the means of their rows: the sum of the squared movements.
@@ -367,37 +344,8 @@ class Lloyd:
         """
         if bool((mass == 0).any()):
             sums, mass = self._fill_empty(centroids, labels, sums.clone(), mass.clone())
-        return self._step(centroids[None], sums[:, None], mass[None], mass.new_ones(1, dtype=torch.bool)).item()
-
-    def _step(
-        self, centroids: torch.Tensor, sums: torch.Tensor, masses: torch.Tensor, steps: torch.Tensor
-    ) -> torch.Tensor:
-        """Move the centroids (r, k, d) of the restarts that make a step, bool (r,), to the means of their rows.
-
-        Returns
-        -------
-        float64 (r,) : the sums of the squared movements.
-        """
-        r, k, d = centroids.shape
-        shifts = masses.new_empty(r)
-        # A cluster that gave its last row away stays where it is.
-        moves = steps[:, None] & (masses > 0)
-        # Whole restarts, or some clusters of one.
-        size, rows = block_rows(k * d, centroids.device), block_rows(d, centroids.device)
-        for start in range(0, r, size):
-            part = slice(start, start + size)
-            square = torch.empty_like(centroids[part], dtype=torch.float64)
-            for first in range(0, k, rows):
-                clusters = slice(first, first + rows)
-                some = part, clusters
-                before = centroids[some]
-                means = joined(sums[:, part, clusters]) / masses[some][..., None]
-                after = self.finish(means.flatten(0, 1), before.flatten(0, 1)).view_as(before)
-                after = torch.where(moves[some][..., None], after, before)
-                torch.sub(after.double(), before, out=square[:, clusters]).square_()
-                before.copy_(after)
-            shifts[part] = tree_sum(square.flatten(1))
-        return shifts
+        every = mass.new_ones(1, dtype=torch.bool)
+        return move(centroids[None], sums[:, None], mass[None], every, self.finish).item()
 
     def _fill_empty(
         self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor

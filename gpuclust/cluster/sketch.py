@@ -25,7 +25,7 @@ from dataclasses import replace
 
 import torch
 
-from gpuclust.cluster.backends.base import Backend, Operand
+from gpuclust.cluster.backends.base import Backend, Bounded, Operand
 from gpuclust.cluster.backends.torch import propose
 from gpuclust.cluster.exact import FLOAT32, bounded, relative_error, summing_error
 from gpuclust.cluster.moments import Moments
@@ -95,7 +95,7 @@ class Sketch:
         far = torch.maximum(left.clamp_(min=0).sqrt_(), _FLOOR * reach)
         return y, (far * (1 + 2.0**-20) + 2.0**-100).float()
 
-    def open_share(self, operand: Operand) -> float:
+    def open_share(self, operand: Bounded) -> float:
         """The share of labels that the sketch leaves open, on a sample of the rows."""
         n = self.source.shape[0]
         some = torch.arange(0, n, max(16, n // _SAMPLE), device=self.source.device)
@@ -109,7 +109,7 @@ class Sketch:
         leading = moved.t() @ vectors[:, -most:]
         return torch.linalg.qr(leading / torch.linalg.vector_norm(leading, dim=0).clamp(min=2.0**-500)).Q
 
-    def operand(self, centroids: torch.Tensor) -> Operand:
+    def operand(self, centroids: torch.Tensor) -> Bounded:
         """The centroids (r, k, d) for a pass over the sketch."""
         flat = centroids.flatten(0, 1)
         z = torch.empty(len(flat), self.basis.shape[1], dtype=torch.float64, device=flat.device)
@@ -160,10 +160,12 @@ class Sketches:
         else None."""
         centroids = operand.centroids
         self.passes += 1
-        if not self.possible or self.passes <= self.start or self._bytes(len(operand.matrix)) > self.spare_bytes:
+        clusters = centroids.shape[0] * centroids.shape[1]
+        if not self.possible or self.passes <= self.start or self._bytes(clusters) > self.spare_bytes:
+            return None
+        if not isinstance(operand, Bounded):  # of kernels, whose rows are not worth it
             return None
         # A row read alone costs more than its share of a pass that serves all restarts at once.
-        clusters = len(operand.matrix)
         price = 1 + 3 * min(1.0, clusters / 100)
         sketch = self.sketch or Sketch(self.source, self.moments, centroids, self.most)
         sketched = sketch.operand(centroids)
@@ -190,13 +192,13 @@ class Sketches:
         return 4 * n * (self.most + 1) + d * (found + 8 * _LEAST_READ)
 
     @staticmethod
-    def _propose(sketch: Sketch, operand: Operand, labels: torch.Tensor) -> list[torch.Tensor]:
+    def _propose(sketch: Sketch, operand: Bounded, labels: torch.Tensor) -> list[torch.Tensor]:
         """Label the rows in the sketch: for each restart, the rows that are left open."""
         r, (row, restart, _) = len(labels), propose(sketch.rows, sketch.norms, operand, labels)
         pairs = (row * r + restart).unique_consecutive()
         return [pairs[pairs % r == i] // r for i in range(r)]
 
-    def _read(self, open_rows: list[torch.Tensor], operand: Operand, labels: torch.Tensor, precision: str) -> int:
+    def _read(self, open_rows: list[torch.Tensor], operand: Bounded, labels: torch.Tensor, precision: str) -> int:
         """Label the rows left open in each restart in a full pass: how many the reference distance decided."""
         k, d = operand.centroids.shape[1:]
         rechecked = 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -98,6 +99,11 @@ class Grid:
         # Below 2**-1010 a step would itself be subnormal: values so small are taken as zero.
         steps = [torch.clamp(exponent - bits * (level + 1), min=-1010) for level in range(levels)]
         return cls(tuple(torch.ldexp(one, step + 52) for step in steps))
+
+    @cached_property
+    def constants(self) -> torch.Tensor:
+        """``magic`` as one tensor, float64 (levels, d), as kernels read it."""
+        return torch.stack(self.magic)
 
     @property
     def levels(self) -> int:

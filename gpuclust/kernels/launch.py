@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpuclust.kernels import cuda_folder
@@ -13,11 +15,35 @@ from gpuclust.kernels.nvrtc import compile
 _UNASKED_BYTES = 48 << 10
 
 
+class Kernel:
+    """A kernel on a device, and the dynamic shared memory that its blocks may have by now.
+
+    Parameters
+    ----------
+    function : cupy.RawKernel
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        # Static and dynamic shared memory count together.
+        self._allowed = _UNASKED_BYTES - int(function.shared_size_bytes)
+
+    def __call__(self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: tuple[Any, ...]) -> None:
+        if shared_bytes > self._allowed:
+            self.function.max_dynamic_shared_size_bytes = shared_bytes
+            self._allowed = shared_bytes
+        self.function((*grid, 1), (threads, 1, 1), arguments, shared_mem=shared_bytes)
+
+
 class Launcher:
-    """Compiles a kernel for the device when it is first launched, and launches it on torch's current stream."""
+    """Compiles a kernel for the device when it is first launched, and launches it on torch's current stream.
+
+    What a launch needs of CuPy is kept: a pass has a dozen launches, and the host must be ahead of the device.
+    """
 
     def __init__(self) -> None:
-        self._kernels: dict[tuple[Any, ...], Any] = {}
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}
+        self._streams: dict[tuple[int, int], Any] = {}
 
     def shared_memory_bytes(self, device: torch.device) -> int:
         """The most shared memory that a block can ask for."""
@@ -57,23 +83,28 @@ class Launcher:
         CompileError
             When the kernel is first used.
         """
-        import cupy
-
         stream = torch.cuda.current_stream(device)
         index = stream.device_index
-        with cupy.cuda.Device(index), cupy.cuda.Stream.from_external(_Stream(stream)):
-            function = self._kernel(index, file, options, kernel)
-            if shared_bytes > _UNASKED_BYTES:
-                function.max_dynamic_shared_size_bytes = shared_bytes
-            function((*grid, 1), (threads, 1, 1), tuple(map(_argument, arguments)), shared_mem=shared_bytes)
+        # CuPy and torch have one current device, that of the thread.
+        with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index), self._on(stream):
+            self._kernel(index, file, options, kernel)(grid, threads, shared_bytes, tuple(map(_argument, arguments)))
 
-    def _kernel(self, device_index: int, file: str, options: tuple[str, ...], name: str) -> Any:
+    def _on(self, stream: torch.cuda.Stream) -> Any:
+        """The stream as CuPy takes it; it owns nothing, so that another stream of the same address may have it, too."""
+        key = stream.device_index, stream.cuda_stream
+        if key not in self._streams:
+            import cupy
+
+            self._streams[key] = cupy.cuda.Stream.from_external(_Stream(stream))
+        return self._streams[key]
+
+    def _kernel(self, device_index: int, file: str, options: tuple[str, ...], name: str) -> Kernel:
         key = device_index, file, options, name
         if key not in self._kernels:
             import cupy
 
             cubin = compile(cuda_folder() / file, architecture(torch.cuda.get_device_capability(device_index)), options)
-            self._kernels[key] = cupy.RawModule(path=str(cubin)).get_function(name)
+            self._kernels[key] = Kernel(cupy.RawModule(path=str(cubin)).get_function(name))
         return self._kernels[key]
 
 
@@ -94,8 +125,6 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def _argument(value: torch.Tensor | int | float | None) -> Any:
-    import numpy as np
-
-    if isinstance(value, float):
-        return np.float64(value)
-    return np.int64(value.data_ptr() if isinstance(value, torch.Tensor) else value or 0)
+    if isinstance(value, torch.Tensor):
+        return np.int64(value.data_ptr())
+    return np.float64(value) if isinstance(value, float) else np.int64(value or 0)

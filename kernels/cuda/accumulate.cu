@@ -6,7 +6,7 @@
 // cluster that gains the row and taken from the one that loses it. No sort, and later iterations cost little more than
 // reading the labels. `first` is for the first pass and few clusters: a thread owns one feature, adds many rows up in
 // shared memory that it shares with nobody, (levels, k) values per thread, and adds these to the sums at the end.
-// `count`: a lane per row; lanes of a warp with one cluster add once.
+// `count`: a lane per row; lanes of a warp with one cluster add once, and a block once how many of its rows changed.
 #include "rows.cuh"
 
 constexpr int ROWS = 64, THREADS = 256, OWNERS = 128, AHEAD = 4;
@@ -105,7 +105,11 @@ extern "C" __global__ void __launch_bounds__(OWNERS) first(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) count(
-    int64 n, const int* plus, int64 plus_stride, const int* minus, int64 minus_stride, int64 k, double* counts) {
+    int64 n, const int* plus, int64 plus_stride, const int* minus, int64 minus_stride, int64 k, double* counts,
+    unsigned long long* changed) {
+  __shared__ int moved;
+  if (threadIdx.x == 0) moved = 0;
+  __syncthreads();
   const int64 row = (int64)blockIdx.x * THREADS + threadIdx.x, restart = blockIdx.y;
   const int lane = threadIdx.x % 32;
   const int gain = row < n ? plus[restart * plus_stride + row] : -1;
@@ -116,4 +120,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
     const int leader = same_in_warp(0xffffffffu, cluster, &lanes);
     if (cluster >= 0 && lane == leader) atomicAdd(counts + restart * k + cluster, (double)(sign * lanes));
   }
+  const unsigned lanes = __ballot_sync(0xffffffffu, gain != lose);
+  if (lane == 0 && lanes) atomicAdd(&moved, __popc(lanes));
+  __syncthreads();
+  if (threadIdx.x == 0 && changed && moved) atomicAdd(changed + restart, (unsigned long long)moved);
 }

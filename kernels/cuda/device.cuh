@@ -73,6 +73,7 @@ __device__ __forceinline__ float to_float(BFloat16 value) { return __uint_as_flo
 // One rounding each, whatever the compiler's flags.
 __device__ __forceinline__ double sum_of(double a, double b) { return __dadd_rn(a, b); }
 __device__ __forceinline__ double product_of(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ double quotient_of(double a, double b) { return __ddiv_rn(a, b); }
 
 // Lowest lane of the warp that has the same value, and how many lanes do.
 __device__ __forceinline__ int same_in_warp(unsigned lanes, int value, int* count) {

@@ -22,9 +22,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) convert(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) select(
-    const float* products, int64 n, int64 slices, const float* norms, const float* low, const float* slope, const float* reach,
-    int64 k, int64 r, int* labels, int64 label_stride, int* open_count, int* open_rows, int64 open_stride,
-    int64 row_of_first) {
+    const float* products, int64 n, int64 slices, const float* norms, const float2* terms, const float* reach, int64 k, int64 r,
+    int* labels, int64 label_stride, int* open_count, int* open_rows, int64 open_stride, int64 row_of_first) {
   const int lane = threadIdx.x % 32;
   const int64 row = (int64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
   if (row >= n) return;
@@ -35,15 +34,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) select(
     Best best;
     best.clear();
     for (int64 j = lane; j < k; j += 32) {
+      const float2 term = terms[at + j];  // low and slope
       float sum = product[j];
 #pragma unroll 8
       for (int64 slice = 1; slice < slices; ++slice) sum += product[slice * n * r * k + j];
-      best.take(lower_end(sum, low[at + j], slope[at + j], norm), (int)j);
+      best.take(lower_end(sum, term.x, term.y, norm), (int)j);
     }
     best.merge_lanes(1, 32);
     if (lane == 0) {
       const int64 place = at + best.index;
-      settle(best, reach[place], slope[place], norm, labels + restart * label_stride + row,
+      settle(best, reach[place], terms[place].y, norm, labels + restart * label_stride + row,
              Open{open_count, open_rows, nullptr, open_stride}, restart, row_of_first + row);
     }
   }

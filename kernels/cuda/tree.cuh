@@ -11,7 +11,12 @@
 #pragma once
 #include "device.cuh"
 
-constexpr int LEVELS = 22;  // below 2**31 features, of which 1024 are held
+// Below 2**31 features, of which 1024 are held; -DTREE_LEVELS=2 for up to 4096, which leaves registers to the rest.
+#ifdef TREE_LEVELS
+constexpr int LEVELS = TREE_LEVELS;
+#else
+constexpr int LEVELS = 22;
+#endif
 
 __device__ __forceinline__ int64 level_length(int64 d, int level) { return (d + ((int64)1 << level) - 1) >> level; }
 

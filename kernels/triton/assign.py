@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpuclust.cluster.backends.base import SLICE, Operand
+from gpuclust.cluster.backends.base import SLICE, Bounded
 from gpuclust.kernels.triton.rows import number, readable
 
 
@@ -120,7 +120,7 @@ def assign_kernel(
     WHOLE: tl.constexpr,
     FLUSH: tl.constexpr,
 ):
-    """labels (r, b) and uncertain (r, b) of rows x (b, d) for `Operand`'s matrix and high of (r * k), and its low and
+    """labels (r, b) and uncertain (r, b) of rows x (b, d) for `Bounded`'s matrix and high of (r * k), and its low and
     slope of (r, width), whole blocks of `CLUSTERS`, in which a column that is no centroid is infinitely far."""
     # The restarts of a block of rows are neighbours, so that all but the first find the rows in L2.
     program = tl.program_id(0)
@@ -199,7 +199,7 @@ def assign_kernel(
 def assign(
     x: torch.Tensor,
     norms: torch.Tensor,
-    operand: Operand,
+    operand: Bounded,
     scale: torch.Tensor,
     labels: torch.Tensor,
     uncertain: torch.Tensor,
@@ -211,7 +211,7 @@ def assign(
     x : (b, d), of any strides
     norms : float32 (b,)
         `Frame.norms` of the rows.
-    operand : Operand
+    operand : Bounded
         With a shift.
     scale : () in the type of the shift
         Its scale: where rows are float64 it may be beyond the range of a kernel's float arguments.

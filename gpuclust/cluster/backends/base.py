@@ -15,6 +15,7 @@ from gpuclust.cluster.sums import Grid
 
 if TYPE_CHECKING:
     from gpuclust.cluster.exact import Frame
+    from gpuclust.cluster.step import Course, Limits
 
 # Products are summed over at most so many features before these partial sums are added: the worst-case error of a
 # float32 sum grows with its length, so the bound of `gpuclust.cluster.exact` stays narrow for any width.
@@ -37,21 +38,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Operand:
-    """The centroids of all restarts, prepared for a pass (`gpuclust.cluster.exact.Frame.operand`).
-
-    With m the centre, s the scale, and x^ = (x - m) s the row as the pass sees it, the score of row i and centroid j,
-    ``bias_j + x^_i . matrix_j``, is the squared distance less a term that is the same for all centroids; it is
-    within ``a_i slope_j + margin_j`` of its exact value, where a_i bounds ||x_i - m|| times the scale of the frame.
+    """The centroids of all restarts, prepared for a pass, in whatever way a backend reads them.
 
     Attributes
     ----------
     centroids : (r, k, d)
         As they are returned.
-    matrix : (r * k, d), dtype of the arithmetic
-        -2 (c - m) s, rounded.
-    high, low : float32 (r * k, 1)
-        Bias plus and minus ``margin``.
-    slope : float32 (r * k, 1)
     shift : (d,) in the type of the pass, or None
         m s, where rows must be converted; None where they are used as they are stored.
     scale : float
@@ -59,12 +51,31 @@ class Operand:
     """
 
     centroids: torch.Tensor
+    shift: torch.Tensor | None
+    scale: float
+
+
+@dataclass(frozen=True)
+class Bounded(Operand):
+    """The centroids as a matrix, with the bound of their scores (`gpuclust.cluster.exact.Frame.operand`).
+
+    With m the centre, s the scale, and x^ = (x - m) s the row as the pass sees it, the score of row i and centroid j,
+    ``bias_j + x^_i . matrix_j``, is the squared distance less a term that is the same for all centroids; it is
+    within ``a_i slope_j + margin_j`` of its exact value, where a_i bounds ||x_i - m|| times the scale of the frame.
+
+    Attributes
+    ----------
+    matrix : (r * k, d), dtype of the arithmetic
+        -2 (c - m) s, rounded.
+    high, low : float32 (r * k, 1)
+        Bias plus and minus ``margin``.
+    slope : float32 (r * k, 1)
+    """
+
     matrix: torch.Tensor
     high: torch.Tensor
     low: torch.Tensor
     slope: torch.Tensor
-    shift: torch.Tensor | None
-    scale: float
 
 
 class Candidates(NamedTuple):
@@ -165,6 +176,7 @@ class Backend(Rows, Protocol):
         minus: torch.Tensor | None,
         sums: torch.Tensor,
         counts: torch.Tensor,
+        changed: torch.Tensor | None = None,
     ) -> None:
         """Add the rows ``x`` (b, d), times ``weights`` (b,) float64, to the sums of the clusters.
 
@@ -176,6 +188,40 @@ class Backend(Rows, Protocol):
             On ``grid``, so that the result is free of the order.
         counts : float64 (r, k), in and out
             Numbers of rows, without weights.
+        changed : int64 (r,), in and out, optional
+            Numbers of rows that something happened to.
+        """
+        ...
+
+    def advance(
+        self,
+        course: Course,
+        changed: torch.Tensor,
+        masses: torch.Tensor,
+        sums: torch.Tensor,
+        centroids: torch.Tensor,
+        limits: Limits,
+    ) -> torch.Tensor:
+        """End the restarts that are done, and move the centroids of those that go on to the means of their rows.
+
+        A restart ends where no label changed, or after its last pass; it stands still where a cluster is empty.
+
+        Parameters
+        ----------
+        course : Course, in and out
+        changed : int64 (r,)
+            Labels that the pass changed in each restart.
+        masses : float64 (r, k)
+            Weight of each cluster.
+        sums : float64 (levels, r, k, d)
+        centroids : (r, k, d), in and out
+            Means, rounded; a cluster without weight stays where it is.
+        limits : Limits
+
+        Returns
+        -------
+        float64 (r, 2)
+            Whether a restart made a step, and the sum of the squared movements of its centroids.
         """
         ...
 

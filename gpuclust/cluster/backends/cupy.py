@@ -9,7 +9,7 @@ in a pass. torch allocates every buffer.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,14 +19,15 @@ from gpuclust.cluster.backends.base import Operand, Problem
 from gpuclust.cluster.backends.cupy_rows import MOST_SPANS as _MOST_SPANS
 from gpuclust.cluster.backends.cupy_rows import RowKernels
 from gpuclust.cluster.backends.cupy_rows import strided as _rows
-from gpuclust.cluster.backends.cupy_wide import DEPTH, WideLook
+from gpuclust.cluster.backends.cupy_wide import WideLook
+from gpuclust.cluster.backends.looks import WIDE, Looks
 from gpuclust.cluster.backends.probe import differs
-from gpuclust.cluster.backends.split import Split, ends
 from gpuclust.cluster.backends.tile import Tile
 from gpuclust.cluster.backends.tile import blocks as _blocks
 from gpuclust.cluster.backends.tile import up as _up
-from gpuclust.cluster.exact import FLOAT16, Frame
+from gpuclust.cluster.exact import Frame
 from gpuclust.cluster.sources.base import listed_rows
+from gpuclust.cluster.step import Course, Limits
 from gpuclust.cluster.sums import Grid
 from gpuclust.kernels.launch import Launcher
 
@@ -35,32 +36,11 @@ _OWNERS = 128
 _THREADS, _ROWS_ACCUMULATED = 256, 64
 # Shared memory for the sums of the first pass: two blocks of a multiprocessor.
 _SUMS_BYTES = 80 << 10
+# Widest row that a block of `decide` holds in shared memory, as float32.
+_RESIDENT = 8192
+# Terms of a fixed-tree sum of two levels before those that shared memory holds.
+_SHORT = 4096
 _Lists = tuple[torch.Tensor | None, torch.Tensor | None]
-
-
-@dataclass(frozen=True)
-class Looks(Operand):
-    """The float16 operand, as the kernels read it, and the one of two parts.
-
-    Attributes
-    ----------
-    padded : float16 (r, k', w)
-        ``matrix`` with zeros up to whole tiles of centroids and of features; (r, k, w) where torch multiplies.
-    terms : float32 (r, k', 2)
-        ``low`` and ``slope``; of what is no centroid infinity and 0.
-    reach : float32 (r, k')
-        ``high`` less ``low``.
-    tile : Tile
-        How ``assign.cu`` sees them.
-    finer : Split
-        For the rows that float16 leaves open.
-    """
-
-    padded: torch.Tensor
-    terms: torch.Tensor
-    reach: torch.Tensor
-    tile: Tile
-    finer: Split
 
 
 class CupyBackend(RowKernels, WideLook):
@@ -108,20 +88,8 @@ class CupyBackend(RowKernels, WideLook):
         return listed_rows(12 * r, device)
 
     def prepare(self, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Looks:
-        operand, finer = frame.operand(centroids, dtype, FLOAT16), Split.of(frame, centroids, dtype)
-        r, k, d = centroids.shape
-        tile = self._tile(k, d, centroids.device)
-        rows, width = (_up(k, tile.columns), tile.width(d)) if tile.rows else (k, _up(d, DEPTH))
-        padded = operand.matrix.new_zeros(r, rows, width)
-        padded[:, :k, :d] = operand.matrix.view(r, k, d)
-        own = {field.name: getattr(operand, field.name) for field in fields(Operand)}
-        return Looks(
-            **own,
-            padded=padded,
-            **ends(operand, rows),
-            tile=tile,
-            finer=finer,
-        )
+        _, k, d = centroids.shape
+        return Looks.of(self.launch, frame, centroids, dtype, self._tile(k, d, centroids.device))
 
     def assign(
         self, x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor, precision: str
@@ -129,7 +97,7 @@ class CupyBackend(RowKernels, WideLook):
         assert isinstance(operand, Looks)
         assert labels.stride(1) == 1
         assert norms.is_contiguous()
-        r, k, _ = operand.centroids.shape
+        r, k, d = operand.centroids.shape
         n, device = x.shape[0], x.device
         counts = torch.zeros(2, r, dtype=torch.int32, device=device)
         open_, left = labels.new_empty(2, r, n)
@@ -144,6 +112,7 @@ class CupyBackend(RowKernels, WideLook):
         fine = operand.finer
         seen = (*_rows(x), fine.shift, fine.scale, norms)
         held, shared_bytes = fine.room(self.launch.shared_memory_bytes(device))
+        resident, decided = d <= _RESIDENT, torch.empty((), dtype=torch.int64, device=device)
         found = k, r, labels, labels.stride(0)
         lists_left = (counts[1], left, upper)
         grid, options = (self.launch.blocks(device), 1), self._options(x)
@@ -152,10 +121,11 @@ class CupyBackend(RowKernels, WideLook):
             *seen, fine.parts, fine.parts.shape[2], held, fine.terms, fine.reach, *found, counts[0], open_, *lists_left,
         )  # fmt: skip
         self.launch(
-            device, "decide.cu", options, "decide", grid, _THREADS, 0,
-            *seen, fine.matrix, fine.low, fine.slope, operand.centroids.contiguous(), *found, *lists_left,
+            device, "decide.cu", (*options, *_tree(d)), "decide", grid, _THREADS, 4 * d if resident else 0,
+            *seen, fine.matrix, fine.terms, fine.terms.shape[1], operand.centroids, *found, *lists_left,
+            resident, decided,
         )  # fmt: skip
-        return counts[1].sum()
+        return decided
 
     def accumulate(
         self,
@@ -166,6 +136,7 @@ class CupyBackend(RowKernels, WideLook):
         minus: torch.Tensor | None,
         sums: torch.Tensor,
         counts: torch.Tensor,
+        changed: torch.Tensor | None = None,
     ) -> None:
         levels, r, k, d = sums.shape
         n, device, options = x.shape[0], x.device, self._options(x)
@@ -176,9 +147,10 @@ class CupyBackend(RowKernels, WideLook):
         assert weights is None or weights.is_contiguous()
         labels = (plus, plus.stride(0), minus, 0 if minus is None else minus.stride(0))
         self.launch(
-            device, "accumulate.cu", options, "count", (_blocks(n, _THREADS), r), _THREADS, 0, n, *labels, k, counts
-        )
-        magic = torch.stack(grid.magic)
+            device, "accumulate.cu", options, "count", (_blocks(n, _THREADS), r), _THREADS, 0, n, *labels, k, counts,
+            changed,
+        )  # fmt: skip
+        magic = grid.constants
         shared_bytes = levels * k * _OWNERS * 8
         if minus is None and shared_bytes <= _SUMS_BYTES:
             spans = min(_blocks(d, _OWNERS), _MOST_SPANS)
@@ -194,6 +166,32 @@ class CupyBackend(RowKernels, WideLook):
             device, "accumulate.cu", options, "accumulate", blocks, _THREADS, 0,
             *_rows(x), weights, magic, levels, *labels, k, r, sums, sums.stride(0), sums.stride(1),
         )  # fmt: skip
+
+    def advance(
+        self,
+        course: Course,
+        changed: torch.Tensor,
+        masses: torch.Tensor,
+        sums: torch.Tensor,
+        centroids: torch.Tensor,
+        limits: Limits,
+    ) -> torch.Tensor:
+        (r, k, d), device = centroids.shape, centroids.device
+        options = f"-DROW={WIDE[centroids.dtype]}", *_tree(max(k, d))
+        does, passes, closing = course
+        report, shifts = masses.new_empty(r, 2), masses.new_empty(r, k)
+        assert centroids.is_contiguous()
+        assert masses.is_contiguous()
+        assert sums.stride()[2:] == (d, 1)
+        judged = changed, masses, k, does, passes, closing, report
+        self.launch(device, "step.cu", options, "judge", (r, 1), _THREADS, 0, *judged)
+        self.launch(
+            device, "step.cu", options, "move", (k, r), _THREADS, 0,
+            centroids, k, d, sums, sums.shape[0], sums.stride(0), sums.stride(1), masses, report, shifts,
+        )  # fmt: skip
+        closed = shifts, k, limits.max_iter, float(limits.tol), passes, closing, report
+        self.launch(device, "step.cu", options, "close", (r, 1), _THREADS, 0, *closed)
+        return report
 
     def _assign(
         self, x: torch.Tensor, norms: torch.Tensor, operand: Looks, labels: torch.Tensor, lists: _Lists
@@ -245,3 +243,8 @@ class CupyBackend(RowKernels, WideLook):
 def _launcher() -> Launcher:
     """One for all fits: it keeps the kernels that it loaded."""
     return Launcher()
+
+
+def _tree(length: int) -> tuple[str, ...]:
+    """For the compiler, where a fixed-tree sum is of no more than so many terms: fewer levels, and registers."""
+    return ("-DTREE_LEVELS=2",) if length <= _SHORT else ()

@@ -39,7 +39,6 @@ class WideLook:
         r, k, _ = operand.centroids.shape
         n, device = x.shape[0], x.device
         matrix = operand.padded.view(r * k, -1)
-        low, slope = operand.terms.movedim(2, 0).contiguous()
         slices = blocks(matrix.shape[1], SLICE)
         few = r * k <= _FEW and slices * blocks(r * k, _tile_columns(r * k)) <= _MOST_PARTS
         multiply, parts = (self._few, slices) if few else (self._many, 1)
@@ -50,7 +49,7 @@ class WideLook:
             products = multiply(some, matrix, operand)
             self.launch(
                 device, "select.cu", self._options(x), "select", (blocks(rows, _WARPS), 1), _THREADS, 0,
-                products, rows, parts, norms[first:], low, slope, operand.reach, k, r,
+                products, rows, parts, norms[first:], operand.terms, operand.reach, k, r,
                 labels[:, first:], labels.stride(0), *lists, n, first,
             )  # fmt: skip
 

@@ -1,16 +1,19 @@
-"""What is asked of rows before and after the passes, in plain torch operations: for backends without kernels for it."""
+"""What is asked before, between and after passes, in plain torch operations: for backends without kernels for it."""
 
 from __future__ import annotations
 
 import torch
 
+from gpuclust.cluster import step
 from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.sources.base import block_rows
 from gpuclust.cluster.sums import Grid
 
 
 class Plain:
-    """Part of a backend: `gpuclust.cluster.backends.base.Rows`."""
+    """Part of a backend: `gpuclust.cluster.backends.base.Rows`, and the step after a pass."""
+
+    advance = staticmethod(step.advance)
 
     def largest(self, x: torch.Tensor) -> torch.Tensor:
         largest = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)

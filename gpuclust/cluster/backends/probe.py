@@ -12,7 +12,9 @@ import torch
 
 from gpuclust.arithmetic import full_precision
 from gpuclust.cluster.backends.base import Backend
+from gpuclust.cluster.step import Course, Limits
 
+_RESULTS = "labels", "sums", "counts", "changes", "means", "movements"
 _SHAPES = ((300, 20, 7, 2, torch.float32), (130, 200, 70, 1, torch.float16))
 
 
@@ -48,10 +50,14 @@ def _compare(backend: Backend, device: torch.device, n: int, d: int, k: int, r: 
         sums = torch.zeros(moments.grid.levels, r, k, d, dtype=torch.float64, device=device)
         counts = torch.zeros(r, k, dtype=torch.float64, device=device)
         plus = labels.clamp(0, k - 1)
-        each.accumulate(x, None, moments.grid, plus, None, sums, counts)
-        each.accumulate(x, None, moments.grid, plus.flip(1), plus, sums, counts)
-        found.append((labels, sums, counts))
-    for what, ours, theirs in zip(("labels", "sums", "counts"), *found, strict=True):
+        changed = torch.zeros(r, dtype=torch.int64, device=device)
+        each.accumulate(x, None, moments.grid, plus, None, sums, counts, changed)
+        each.accumulate(x, None, moments.grid, plus.flip(1), plus, sums, counts, changed)
+        means, still = centroids.clone(), torch.zeros(r, dtype=torch.int64, device=device)
+        course = Course(still, still.clone(), still.bool())
+        report = each.advance(course, changed, counts + 1, sums, means, Limits(1, 0.0))
+        found.append((labels, sums, counts, changed, means, report))
+    for what, ours, theirs in zip(_RESULTS, *found, strict=True):
         if not torch.equal(ours, theirs):
             return what
     return None

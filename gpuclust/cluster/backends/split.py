@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from gpuclust.cluster.backends.base import SLICE, Operand
 from gpuclust.cluster.backends.tile import up
-from gpuclust.cluster.exact import SPLIT, Frame
+from gpuclust.cluster.exact import Bound
 
 # As in the kernel: features of a piece, open rows of a block, and centroids that warps side by side have each.
 _DEPTH, _OPEN_ROWS, _CENTROIDS = 32, 64, 32
@@ -24,36 +22,41 @@ class Split(Operand):
 
     Attributes
     ----------
+    matrix : float32 (r * k, d)
+        -2 (c - m) s, rounded.
     parts : float16 (r, k', p, 2, 32)
         Of each centroid p pieces of 32 features, in each the higher parts and then the lower; zeros up to whole tiles
         and pieces.
     terms : float32 (r, k', 2)
-        ``low`` and ``slope``; of what is no centroid infinity and 0.
+        Bias less ``margin``, and ``slope`` (`gpuclust.cluster.exact`); of what is no centroid infinity and 0.
     reach : float32 (r, k')
-        ``high`` less ``low``.
+        Twice the ``margin``.
     warps : int
         Warps side by side.
     """
 
+    matrix: torch.Tensor
     parts: torch.Tensor
     terms: torch.Tensor
     reach: torch.Tensor
     warps: int
 
     @classmethod
-    def of(cls, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype) -> Split:
-        """The centroids (r, k, d) for rows of ``dtype``."""
-        operand = frame.operand(centroids, dtype, SPLIT)
-        r, k, d = centroids.shape
+    def empty(cls, bound: Bound, centroids: torch.Tensor) -> Split:
+        """Room for centroids (r, k, d), which ``prepare.cu`` fills."""
+        (r, k, d), device = centroids.shape, centroids.device
         warps = 1 if k <= _CENTROIDS else 2 if k <= 2 * _CENTROIDS else 4
-        padded, pieces = up(k, warps * _CENTROIDS), -(-d // _DEPTH)
-        both = torch.zeros(r, padded, 2, pieces * _DEPTH, dtype=torch.float16, device=centroids.device)
-        matrix = operand.matrix.view(r, k, d)
-        both[:, :k, 0, :d] = matrix
-        both[:, :k, 1, :d] = matrix - both[:, :k, 0, :d]  # exact in float32, then rounded
-        parts = both.unflatten(3, (pieces, _DEPTH)).transpose(2, 3).contiguous()
-        own = {field.name: getattr(operand, field.name) for field in fields(Operand)}
-        return cls(**own, parts=parts, **ends(operand, padded), warps=warps)
+        columns, pieces = up(k, warps * _CENTROIDS), -(-d // _DEPTH)
+        return cls(
+            centroids,
+            bound.shift,
+            bound.scale,
+            torch.empty(r * k, d, dtype=torch.float32, device=device),
+            torch.empty(r, columns, pieces, 2, _DEPTH, dtype=torch.float16, device=device),
+            torch.empty(r, columns, 2, dtype=torch.float32, device=device),
+            torch.empty(r, columns, dtype=torch.float32, device=device),
+            warps,
+        )
 
     @property
     def threads(self) -> int:
@@ -71,13 +74,3 @@ class Split(Operand):
         held, shared = ((most - _STATIC_BYTES - other) // per_piece for most in (most_bytes, most_bytes // 2))
         held = pieces if pieces <= held else max(1, shared)
         return held, other + held * per_piece
-
-
-def ends(operand: Operand, padded: int) -> dict[str, Any]:
-    """``terms`` and ``reach`` of an operand, for a number of centroids that makes whole tiles."""
-    r, k, _ = operand.centroids.shape
-    terms, reach = operand.low.new_zeros(r, padded, 2), operand.low.new_zeros(r, padded)
-    terms[:, k:, 0].fill_(math.inf)
-    terms[:, :k] = torch.cat([operand.low, operand.slope], 1).view(r, k, 2)
-    reach[:, :k] = (operand.high - operand.low).view(r, k)
-    return {"terms": terms, "reach": reach}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gpuclust.cluster.backends.base import SLICE, Candidates, Operand, Problem
+from gpuclust.cluster.backends.base import SLICE, Bounded, Candidates, Operand, Problem
 from gpuclust.cluster.backends.plain import Plain
 from gpuclust.cluster.exact import Frame, decide
 from gpuclust.cluster.sources.base import chunk_rows, piece_rows, tile_rows, tiles
@@ -51,6 +51,7 @@ class TorchBackend(Plain):
     def assign(
         self, x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor, precision: str
     ) -> torch.Tensor:
+        assert isinstance(operand, Bounded)
         candidates = propose(x, norms, operand, labels)
         if precision == "fast":
             return torch.zeros((), dtype=torch.int64, device=x.device)
@@ -65,10 +66,13 @@ class TorchBackend(Plain):
         minus: torch.Tensor | None,
         sums: torch.Tensor,
         counts: torch.Tensor,
+        changed: torch.Tensor | None = None,
     ) -> None:
         r, k = counts.shape
-        changed = torch.ones_like(plus, dtype=torch.bool) if minus is None else plus != minus
-        row, restart = changed.t().nonzero(as_tuple=True)
+        moved = torch.ones_like(plus, dtype=torch.bool) if minus is None else plus != minus
+        if changed is not None:
+            changed += moved.sum(1)
+        row, restart = moved.t().nonzero(as_tuple=True)
         if row.numel() == 0:
             return
         base = restart * k
@@ -99,7 +103,7 @@ class TorchBackend(Plain):
                     target[level, :, span].index_add_(0, cluster[pairs], values if sign > 0 else values.neg_())
 
 
-def propose(x: torch.Tensor, norms: torch.Tensor, operand: Operand, labels: torch.Tensor) -> Candidates:
+def propose(x: torch.Tensor, norms: torch.Tensor, operand: Bounded, labels: torch.Tensor) -> Candidates:
     """Label the rows (b, d) of a chunk by their least scores in float32, ``labels`` (r, b); and what is not certain.
 
     First, piece by piece, with one bound per row, the largest of its centroids', in few trips over the scores; then,
@@ -129,7 +133,7 @@ class _Look:
     A fresh tensor for the scores of each piece would cost more than the scores: its pages come from the system.
     """
 
-    def __init__(self, operand: Operand, size: int, device: torch.device) -> None:
+    def __init__(self, operand: Bounded, size: int, device: torch.device) -> None:
         self.operand = operand
         r, k = operand.centroids.shape[:2]
         high, low, self.slope = (part.view(r, k, 1) for part in (operand.high, operand.low, operand.slope))

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gpuclust.cluster.backends.base import Operand, Problem
+from gpuclust.cluster.backends.base import Bounded, Operand, Problem
 from gpuclust.cluster.backends.plain import Plain
 from gpuclust.cluster.backends.probe import differs
 from gpuclust.cluster.backends.torch import propose
@@ -37,7 +37,7 @@ _ARITHMETIC = FLOAT16
 
 
 @dataclass(frozen=True)
-class Cascade(Operand):
+class Cascade(Bounded):
     """A float16 operand, and what prepares the float32 one for the rows that it leaves open.
 
     Attributes
@@ -54,17 +54,17 @@ class Cascade(Operand):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, operand: Operand, frame: Frame, dtype: torch.dtype) -> Cascade:
+    def of(cls, operand: Bounded, frame: Frame, dtype: torch.dtype) -> Cascade:
         assert operand.shift is not None
         parts = {field.name: getattr(operand, field.name) for field in fields(operand)}
         return cls(**parts, unit=operand.shift.new_tensor(operand.scale), frame=frame, dtype=dtype)
 
     @cached_property
-    def finer(self) -> list[Operand | None]:
+    def finer(self) -> list[Bounded | None]:
         """The float32 operand of each restart, as far as one was asked for."""
         return [None] * len(self.centroids)
 
-    def fine(self, restart: int) -> Operand:
+    def fine(self, restart: int) -> Bounded:
         """The float32 operand of a restart, made when it is first needed."""
         made = self.finer[restart]
         if made is None:
@@ -148,9 +148,12 @@ class TritonBackend(Plain):
         minus: torch.Tensor | None,
         sums: torch.Tensor,
         counts: torch.Tensor,
+        changed: torch.Tensor | None = None,
     ) -> None:
+        if changed is not None:
+            changed += plus.shape[1] if minus is None else (plus != minus).sum(1)
         with _on(x.device):
-            _kernels("accumulate").accumulate(x, weights, torch.stack(grid.magic), plus, minus, sums, counts)
+            _kernels("accumulate").accumulate(x, weights, grid.constants, plus, minus, sums, counts)
 
 
 def _settle(

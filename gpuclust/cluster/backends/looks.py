@@ -1,0 +1,79 @@
+"""The operands of the CuPy backend's looks, which ``prepare.cu`` makes of centroids in two launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpuclust.cluster.backends.base import Operand
+from gpuclust.cluster.backends.split import Split
+from gpuclust.cluster.backends.tile import Tile, blocks, up
+from gpuclust.cluster.exact import FLOAT16, SPLIT, Bound, Frame
+
+# As in the kernel's file.
+_THREADS, _WARPS = 128, 4
+WIDE = {torch.float32: "float", torch.float64: "double"}
+
+
+@dataclass(frozen=True)
+class Looks(Operand):
+    """The float16 operand, as the kernels read it, and the one of two parts.
+
+    Attributes
+    ----------
+    padded : float16 (r, k', w)
+        -2 (c - m) s, rounded, with zeros up to whole tiles of centroids and of features; (r, k, w) where torch
+        multiplies.
+    terms : float32 (r, k', 2)
+        Bias less ``margin``, and ``slope`` (`gpuclust.cluster.exact`); of what is no centroid infinity and 0.
+    reach : float32 (r, k')
+        Twice the ``margin``.
+    tile : Tile
+        How ``assign.cu`` sees them.
+    finer : Split
+        For the rows that float16 leaves open.
+    """
+
+    padded: torch.Tensor
+    terms: torch.Tensor
+    reach: torch.Tensor
+    tile: Tile
+    finer: Split
+
+    @classmethod
+    def of(
+        cls, launch: Any, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype, tile: Tile, swizzled: int = 0
+    ) -> Looks:
+        """The centroids (r, k, d) for rows of ``dtype``; with ``padded`` in tiles of so many ``swizzled`` centroids."""
+        centroids = centroids.contiguous()
+        (r, k, d), device = centroids.shape, centroids.device
+        if swizzled:
+            columns, width = up(k, swizzled), up(d, 64)
+        else:
+            columns, width = (up(k, tile.columns), tile.width(d)) if tile.rows else (k, up(d, 8))
+        bound, fine = frame.bound(dtype, FLOAT16), frame.bound(dtype, SPLIT)
+        padded = torch.empty(r, columns, width, dtype=torch.float16, device=device)
+        terms = torch.empty(r, columns, 2, dtype=torch.float32, device=device)
+        reach = torch.empty(r, columns, dtype=torch.float32, device=device)
+        bias = torch.empty(r, k, dtype=torch.float64, device=device)
+        finer = Split.empty(fine, centroids)
+        fine_columns, pieces = finer.parts.shape[1:3]
+        options = (f"-DROW={WIDE[centroids.dtype]}", *([f"-DSWIZZLED_COLUMNS={swizzled}"] if swizzled else []))
+        launch(
+            device, "prepare.cu", options, "prepare", (max(columns, fine_columns), r), _THREADS, 0,
+            centroids, k, d, frame.centre, *_numbers(bound), padded, columns, width, terms, reach,
+            *_numbers(fine), finer.parts, fine_columns, pieces, finer.matrix, finer.terms, finer.reach, bias,
+        )  # fmt: skip
+        launch(
+            device, "prepare.cu", options, "repeated", (blocks(k, _WARPS), r), _THREADS, 0,
+            centroids, k, d, bias, terms, reach, columns, finer.terms, finer.reach, fine_columns,
+        )  # fmt: skip
+        return cls(centroids, bound.shift, bound.scale, padded, terms, reach, tile, finer)
+
+
+def _numbers(bound: Bound) -> tuple[float, ...]:
+    """As the kernel takes them; the bias is the square there."""
+    of_square = bound.of_bias + bound.of_square
+    return (bound.scale, of_square, bound.of_length, bound.fixed, bound.slope, bound.least_slope, bound.longest)
