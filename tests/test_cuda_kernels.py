@@ -18,7 +18,7 @@ ROWS = ["Float16", "BFloat16", "float", "double"]
 TILES = [Tile(columns, rows) for rows in (64, 128) for columns in (32, 64, 128)]
 STREAMED = [Tile(128, rows, streamed=True) for rows in (96, 192)]
 CASES = [(file.name, (f"-DROW={row}",)) for file in sorted(cuda_folder().glob("*.cu")) for row in ROWS]
-CASES = [case for case in CASES if case[0] not in ("assign.cu", "dist2.cu", "product.cu", "rescore.cu")]
+CASES = [case for case in CASES if case[0] not in ("assign.cu", "dist2.cu", "prepare.cu", "product.cu", "rescore.cu")]
 CASES += [("product.cu", (f"-DROW={row}", f"-DCOLUMNS={columns}")) for row in ROWS for columns in (16, 32, 64, 128)]
 CASES += [
     ("dist2.cu", (f"-DROW={row}", f"-DGROUP={group}", f"-DCENTRE={'double' if row == 'double' else 'float'}"))
@@ -26,7 +26,10 @@ CASES += [
     for group in (32, 256)
 ]
 CASES += [(name, (f"-DROW={row}", "-DTREE_LEVELS=2")) for name in ("decide.cu", "step.cu") for row in ROWS]
-CASES += [("prepare.cu", ("-DROW=float", f"-DSWIZZLED_COLUMNS={columns}")) for columns in (32, 64, 128)]
+CASES += [
+    ("prepare.cu", (f"-DROW={row}", f"-DTHREADS={threads}")) for row in ("float", "double") for threads in (128, 1024)
+]
+CASES += [("prepare.cu", ("-DROW=float", "-DTHREADS=128", f"-DSWIZZLED_COLUMNS={n}")) for n in (32, 64, 128)]
 CASES += [("rescore.cu", (f"-DROW={row}", f"-DWARPS={warps}")) for row in ROWS for warps in (1, 2, 4)]
 CASES += [
     ("assign.cu", (f"-DROW={row}", *tile.options))
