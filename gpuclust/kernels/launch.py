@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,10 @@ class Launcher:
 
     def shared_memory_bytes(self, device: torch.device) -> int:
         """The most shared memory that a block can ask for."""
-        properties: Any = torch.cuda.get_device_properties(device)
-        return int(properties.shared_memory_per_block_optin)
+        return int(_properties(device).shared_memory_per_block_optin)
 
     def multiprocessors(self, device: torch.device) -> int:
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return int(_properties(device).multi_processor_count)
 
     def blocks(self, device: torch.device) -> int:
         """Blocks of a grid that walks through a list whose length only the device knows: enough to fill it."""
@@ -108,6 +108,12 @@ class Launcher:
         return self._kernels[key]
 
 
+@cache
+def _properties(device: torch.device) -> Any:
+    """Of a device with an index: they stay what they are."""
+    return torch.cuda.get_device_properties(device)
+
+
 class _Stream:
     """A stream of torch as CuPy takes it (CUDA's stream protocol), of versions of torch without that protocol, too."""
 
@@ -125,6 +131,8 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def _argument(value: torch.Tensor | int | float | None) -> Any:
-    if isinstance(value, torch.Tensor):
-        return np.int64(value.data_ptr())
-    return np.float64(value) if isinstance(value, float) else np.int64(value or 0)
+    if type(value) is int:  # most are, and a launch has some twenty
+        return np.int64(value)
+    if isinstance(value, float):
+        return np.float64(value)
+    return np.int64(value.data_ptr() if isinstance(value, torch.Tensor) else value or 0)

@@ -40,6 +40,8 @@ class Problem:
 class Operand:
     """The centroids of all restarts, prepared for a pass, in whatever way a backend reads them.
 
+    With m the centre and s the scale of a pass, it sees a row x as x^ = (x - m) s, rounded in the type of the pass.
+
     Attributes
     ----------
     centroids : (r, k, d)
@@ -59,9 +61,9 @@ class Operand:
 class Bounded(Operand):
     """The centroids as a matrix, with the bound of their scores (`gpuclust.cluster.exact.Frame.operand`).
 
-    With m the centre, s the scale, and x^ = (x - m) s the row as the pass sees it, the score of row i and centroid j,
-    ``bias_j + x^_i . matrix_j``, is the squared distance less a term that is the same for all centroids; it is
-    within ``a_i slope_j + margin_j`` of its exact value, where a_i bounds ||x_i - m|| times the scale of the frame.
+    The score of row i and centroid j, ``bias_j + x^_i . matrix_j``, is the squared distance less a term that is the
+    same for all centroids; it is within ``a_i slope_j + margin_j`` of its exact value, where a_i bounds ||x_i - m||
+    times the scale of the frame.
 
     Attributes
     ----------
