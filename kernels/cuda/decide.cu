@@ -11,7 +11,9 @@
 #include "rows.cuh"
 #include "tree.cuh"
 
-constexpr int THREADS = 256, WARPS = THREADS / 32, WAITING = 1024, HELD = 1024, SLICE = 1024, TOGETHER = 8, AHEAD = LEVELS > 2 ? 1 : 2;
+constexpr int THREADS = 256, WARPS = THREADS / 32, WAITING = 1024, HELD = 1024, SLICE = 1024;
+// Centroids of a warp at a time, and features that are read before any is used.
+constexpr int TOGETHER = 8, AHEAD = LEVELS > 2 ? 1 : 2;
 constexpr unsigned ALL = 0xffffffffu;
 
 // Products of a row, seen(feature), with TOGETHER centroids of width d, or the first `there` of them: each lane has that

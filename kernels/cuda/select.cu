@@ -22,8 +22,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) convert(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) select(
-    const float* products, int64 n, int64 slices, const float* norms, const float2* terms, const float* reach, int64 k, int64 r,
-    int* labels, int64 label_stride, int* open_count, int* open_rows, int64 open_stride, int64 row_of_first) {
+    const float* products, int64 n, int64 slices, const float* norms, const float2* terms, const float* reach, int64 k,
+    int64 r, int* labels, int64 label_stride, int* open_count, int* open_rows, int64 open_stride, int64 row_of_first) {
   const int lane = threadIdx.x % 32;
   const int64 row = (int64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
   if (row >= n) return;
