@@ -25,9 +25,11 @@ from gpuclust.cluster.sums import Grid
 H100 = Ceilings(3.35e12, {"float16": 989e12, "bfloat16": 989e12, "tf32": 495e12, "float32": 67e12}, 4.2e12)
 SHARED_BYTES, MULTIPROCESSORS = 227 << 10, 132
 OPEN_ROWS = 64  # of a block of the second look, which share a reading of the centroids
+FEW = 256  # centroids for which product.cu reads the rows, 128 of them at a time
 # What is reached of these: a copy (3.0 TB/s); a matrix product of 8192^3 (800 TFLOP/s); and product with argmin, of
-# which published kernels reach 35 % (1M x 128, k 256) to 46 % (65,536 x 4096, k 4096) in Triton on an H200.
-COPY, PRODUCT, FUSED = 0.9, 0.81, (0.36, 0.45)
+# which assign.cu reached 20 % on an H200 (1M x 128, k 1024; results/h200-c4ca698.txt), and published kernels reach 35 %
+# (1M x 128, k 256) to 46 % (65,536 x 4096, k 4096) there, in Triton.
+COPY, PRODUCT, FUSED = 0.9, 0.81, (0.20, 0.45)
 # Reads of the second-level cache; OpenXLA's cost model of a GPU's products has it as measured on an H100.
 CACHE_BYTES_PER_S = 6.65e12
 # Shares of the rows that the first look and then the second leave open, and that move: found on a CPU in ten iterations
@@ -85,8 +87,10 @@ def first_look_s(case: Case, share: float) -> float:
     """Products and argmin; the rows' bytes and what the cache must give overlap with them, or bound them."""
     n, d, k, size = case.n, case.d, case.k, case.torch_dtype.itemsize
     tile = Tile.of(k, d, SHARED_BYTES, MULTIPROCESSORS)
+    slices = ceil(d / SLICE)
+    if not tile.rows and k <= FEW:  # rows read for each tile of centroids; products go through the cache
+        return memory_s(ceil(k / 128) * n * d * size) + 8 * n * k * slices / CACHE_BYTES_PER_S
     if not tile.rows:  # slices as float16, their products, and these added and searched
-        slices = ceil(d / SLICE)
         product_s = max(2 * n * k * d / (PRODUCT * H100.flop_per_s["float16"]), memory_s(2 * n * d))
         return memory_s(n * d * (size + 2)) + product_s + memory_s(4 * n * k * (4 * slices - 2))
     columns = tile.columns * ceil(k / tile.columns)

@@ -55,12 +55,13 @@ def parts(out: Path, device: str) -> Iterator[Part]:
     pytest = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors")
     if device == "cuda":
         gpu = {"GPUCLUST_REQUIRE_GPU": "1"}
-        kernels = tuple(f"tests/test_{name}.py" for name in ("cupy", "triton", "contract"))
+        names = ("cupy", "cupy_rows", "cupy_wide", "prepare", "step", "triton", "contract")
+        kernels = tuple(f"tests/test_{name}.py" for name in names)
         apart = tuple(word for file in kernels for word in ("--ignore", file))
-        yield Part("gpu-tests", (*pytest, "-m", "gpu", *apart, "tests"), 70, None, gpu)
+        yield Part("gpu-tests", (*pytest, "-m", "gpu", *apart, "tests"), 60, None, gpu)
         shares, threads = processes()
         environment = {**gpu, "OMP_NUM_THREADS": str(threads)}
-        yield Part("kernels", (*pytest, "-m", "gpu", *kernels), 135, None, environment, shares)
+        yield Part("kernels", (*pytest, "-m", "gpu", *kernels), 165, None, environment, shares)
     else:
         # What needs no GPU is proved where there is none.
         yield Part("gpu-tests", (*pytest, "tests/test_ceilings.py", "tests/test_timing.py"), 60)
@@ -70,7 +71,7 @@ def parts(out: Path, device: str) -> Iterator[Part]:
     small = ("--small",) if device == "cpu" else ()
     # Peers of the CPU would take minutes at these shapes.
     peers = ("--peers", "torch,faiss-gpu,flash-kmeans,flashlib,fastkmeans,cuml") if device == "cuda" else ()
-    yield Part("rows", ("benchmarks/measure.py", *rows, *small, *peers), 215, 95 if device == "cuda" else 120)
+    yield Part("rows", ("benchmarks/measure.py", *rows, *small, *peers), 195, 95 if device == "cuda" else 120)
     yield Part(
         "demo",
         ("-m", "gpuclust", "demo", "--device", device, "--force", "--out", str(out / "demo")),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from on_host import HostLauncher
 
 from gpuclust.cluster import fit
-from gpuclust.cluster.backends import choose, survey
+from gpuclust.cluster.backends import choose, cupy_wide, survey
 from gpuclust.cluster.backends import cupy as cupy_backend
 from gpuclust.cluster.backends import tile as tile_choice
 from gpuclust.cluster.backends.base import Problem
@@ -60,7 +60,7 @@ def make(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Make:
     def made(shared_bytes: int | None = None, falling: bool = False) -> CupyBackend:
         if device.type == "cpu":
             # Torch multiplies float16 into float32 on CUDA only.
-            monkeypatch.setattr(cupy_backend, "multiplied", lambda a, b: a.float() @ b.float())
+            monkeypatch.setattr(cupy_wide, "multiplied", lambda a, b: a.float() @ b.float())
             return CupyBackend(HostLauncher(shared_bytes or 163 << 10, falling))
         launcher = Launcher()
         # As many as on the processor: a few small tiles are then enough for streaming.
@@ -458,7 +458,7 @@ def test_rows_near_the_border_of_two_centroids_are_no_escape(
     x = torch.from_numpy(values * unit).to(dtype)
     centroids = torch.from_numpy(centres * unit).to(centroid_dtype(dtype))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cupy_backend, "multiplied", lambda a, b: a.float() @ b.float())
+        patch.setattr(cupy_wide, "multiplied", lambda a, b: a.float() @ b.float())
         for shared_bytes in (163 << 10, TOO_LITTLE):
             backend = CupyBackend(HostLauncher(shared_bytes))
             labels, _ = assigned(backend, x, centroids[None])

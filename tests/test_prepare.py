@@ -17,7 +17,7 @@ from gpuclust.cluster.sources.base import TensorSource
 from gpuclust.kernels.launch import Launcher
 
 MOST = torch.finfo(torch.float32).max
-SHAPES = [(1, 1, 1), (2, 5, 3), (1, 33, 40), (2, 65, 300), (1, 130, 33), (1, 3, 1100), (3, 1, 7)]
+SHAPES = [(1, 1, 1), (2, 5, 3), (1, 33, 40), (2, 65, 300), (1, 130, 33), (1, 3, 1100), (3, 1, 7), (1, 2, 4100)]
 
 
 @pytest.fixture(
@@ -90,7 +90,7 @@ def test_operands_are_those_of_torch(
     centroids = x[: r * k].to(centroid_dtype(dtype)).view(r, k, d)
     tile = Tile(32 if k <= 32 else 64 if k <= 64 else 128, rows_of_tile)
     looks = Looks.of(launch, frame, centroids, dtype, tile)
-    columns, width = (-(-k // tile.columns) * tile.columns, -(-d // 32) * 32) if rows_of_tile else (k, -(-d // 8) * 8)
+    columns, width = (-(-k // tile.columns) * tile.columns, -(-d // 32) * 32) if rows_of_tile else (k, -(-d // 64) * 64)
     assert looks.padded.shape == (r, columns, width)
     assert looks.finer.parts.shape[1] == -(-k // (32 * looks.finer.warps)) * 32 * looks.finer.warps
     check(looks, frame.operand(centroids, dtype, FLOAT16), frame.operand(centroids, dtype, SPLIT))

@@ -123,8 +123,9 @@ def test_limits_leave_every_part_its_time(prove, tmp_path):
 
 def test_the_tests_of_a_gpu_are_all_chosen_once(prove, tmp_path):
     alone, together, *_ = prove.parts(tmp_path, "cuda")
-    assert [word for word in alone.words if word.startswith("tests/")] == list(together.words[-3:])
-    assert all((ROOT / file).is_file() for file in together.words[-3:])
+    files = [word for word in together.words if word.startswith("tests/")]
+    assert [word for word in alone.words if word.startswith("tests/")] == files
+    assert all((ROOT / file).is_file() for file in files)
     assert alone.words[-1] == "tests"
     assert alone.environment["GPUCLUST_REQUIRE_GPU"] == together.environment["GPUCLUST_REQUIRE_GPU"] == "1"
 
@@ -136,8 +137,12 @@ def test_the_whole_command_at_small_shapes(tmp_path):
     logs = "".join(file.read_text() for file in out.glob("*.log"))
     assert done.returncode == 0, done.stdout + logs
     assert "all parts passed" in (out / "summary.txt").read_text()
-    measured = [row for row in read(out / "rows.csv") if row["time_s"]]
-    assert {row["op"] for row in measured} >= {"assign", "update", "iteration", "fit", "seed"}
+    rows = read(out / "rows.csv")
+    measured = [row for row in rows if row["time_s"]]
+    assert {row["op"] for row in measured} >= {"assign", "update", "fit", "seed"}
+    # Of shapes so small, fits of different lengths may take the same time on a busy machine.
+    noise = "an iteration takes less than fits of the same length differ by"
+    assert any(row["op"] == "iteration" and (row["time_s"] or row["missing"] == noise) for row in rows)
     assert {row["what"] for row in measured} >= {"gpuclust torch", "torch", "scikit-learn"}
     assert {row["dtype"] for row in measured} == {"float32", "float16"}
     assert all(row["mislabel_rate"] in ("", "0.0") for row in measured if row["what"].startswith("gpuclust"))
@@ -184,9 +189,12 @@ def test_the_readmes_predictions_are_those_of_the_function(monkeypatch):
 def test_a_prediction_counts_what_is_read_and_multiplied(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     predict = load("predict")
-    # Streamed rows: 45 % to 36 % of 989 TFLOP/s, after 4 bytes read and 2 written of each value at 3 TB/s.
+    # Streamed rows: 45 % to 20 % of 989 TFLOP/s, after 4 bytes read and 2 written of each value at 3 TB/s.
     wide = predict.predict(Case(65_536, 4096, 4096))
-    assert wide.first_look == pytest.approx((5.474e-3, 6.710e-3), rel=2e-3)
+    assert wide.first_look == pytest.approx((5.474e-3, 11.65e-3), rel=2e-3)
+    # Wide rows and few centroids: read once, and 9 slices' products of 4 bytes written and read in the cache.
+    few = predict.predict(Case(50_000, 9216, 100)).first_look
+    assert few == pytest.approx([50_000 * (9216 * 4 / (0.9 * 3.35e12) + 9 * 100 * 8 / 6.65e12)] * 2)
     # Few clusters: the rows bound it.
     assert predict.predict(Case(1_000_000, 128, 32)).first_look == pytest.approx([512e6 / (0.9 * 3.35e12)] * 2)
     one, many = predict.predict(Case(5000, 64, 10)), predict.predict(Case(5000, 64, 10, batch=3))

@@ -5,10 +5,11 @@
 // low ones of as many features a piece; zero beyond d and k. Squares are summed in float64, in any order: the bound has
 // d 2**-52 of them for that. `repeated` has a warp for each centroid, which looks for an earlier equal one of its restart
 // where the bias is equal: that one wins every tie, and the largest number as both ends keeps this one out.
-// -DROW=float or double, the type of the centroids. -DSWIZZLED_COLUMNS=n: `padded` in tiles of n centroids, see `place`.
+// -DROW=float or double, the type of the centroids. -DTHREADS=128, or 1024 for wide ones. -DSWIZZLED_COLUMNS=n: `padded`
+// in tiles of n centroids, see `place`.
 #include "rows.cuh"
 
-constexpr int THREADS = 128, WARPS = THREADS / 32, DEPTH = 32, AHEAD = 4;
+constexpr int WARPS = THREADS / 32, DEPTH = 32, AHEAD = 4;
 constexpr unsigned ALL = 0xffffffffu;
 constexpr double INFLATE = 1 + 1.0 / 1024;  // as in exact.py
 constexpr float LARGEST = 3.402823466e38f;
@@ -104,7 +105,7 @@ __device__ __forceinline__ bool equal(const Wide* one, const Wide* other, int64 
   return true;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 8) repeated(
+extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) repeated(
     const Wide* centroids, int64 k, int64 d, const double* bias, float* terms, float* reach, int64 columns,
     float* fine_terms, float* fine_reach, int64 fine_columns) {
   const int lane = threadIdx.x % 32;

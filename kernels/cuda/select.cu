@@ -1,9 +1,9 @@
-// For wide rows: what is before and after their products, whether torch multiplies matrices or assign.cu streams them.
+// For wide rows: what is before and after their products, of torch, of product.cu or of assign.cu's streamed tiles.
 //
 // Tiles: `convert` centres, scales and rounds features to float16, a thread 8 of a row at a time. `select`, a warp per
-// row, reads torch's products of a chunk, (n, r k), while they are in the cache: its lanes go across the centroids of a
-// restart and keep the two least lower ends, then label the row or add it to the list of open rows, as assign.cu does.
-// `merge`, a thread per row, does that with the least two that assign.cu kept of each span of the centroids.
+// row, reads products of a chunk, (slices, n, r k), while they are in the cache: its lanes go across the centroids of a
+// restart, add the slices, and keep the two least lower ends, then label the row or add it to the list of open rows, as
+// assign.cu does. `merge`, a thread per row, does that with the least two that assign.cu kept of each span of the centroids.
 #include "best.cuh"
 #include "rows.cuh"
 
@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) convert(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) select(
-    const float* products, int64 n, const float* norms, const float2* terms, const float* reach, int64 k, int64 r,
+    const float* products, int64 n, int64 slices, const float* norms, const float2* terms, const float* reach, int64 k, int64 r,
     int* labels, int64 label_stride, int* open_count, int* open_rows, int64 open_stride, int64 row_of_first) {
   const int lane = threadIdx.x % 32;
   const int64 row = (int64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
@@ -33,10 +33,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) select(
     const int64 at = restart * k;
     Best best;
     best.clear();
-#pragma unroll 4
     for (int64 j = lane; j < k; j += 32) {
       const float2 term = terms[at + j];  // low and slope
-      best.take(lower_end(product[j], term.x, term.y, norm), (int)j);
+      float sum = product[j];
+#pragma unroll 8
+      for (int64 slice = 1; slice < slices; ++slice) sum += product[slice * n * r * k + j];
+      best.take(lower_end(sum, term.x, term.y, norm), (int)j);
     }
     best.merge_lanes(1, 32);
     if (lane == 0) {

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from gpuclust.cluster.backends.base import SLICE, Operand, Problem
+from gpuclust.cluster.backends.base import Operand, Problem
 from gpuclust.cluster.backends.cupy_rows import MOST_SPANS as _MOST_SPANS
 from gpuclust.cluster.backends.cupy_rows import RowKernels
 from gpuclust.cluster.backends.cupy_rows import strided as _rows
+from gpuclust.cluster.backends.cupy_wide import WideLook
 from gpuclust.cluster.backends.looks import WIDE, Looks
-from gpuclust.cluster.backends.probe import differs
 from gpuclust.cluster.backends.tile import Tile
 from gpuclust.cluster.backends.tile import blocks as _blocks
 from gpuclust.cluster.backends.tile import up as _up
@@ -32,19 +32,18 @@ from gpuclust.kernels.launch import Launcher
 
 # As in the kernels' files.
 _OWNERS = 128
-_THREADS, _ROWS_ACCUMULATED, _WARPS = 256, 64, 8
-# Bytes of products that stay in the cache between the matrix product and `select`.
-_PRODUCT_BYTES = 24 << 20
+_THREADS, _ROWS_ACCUMULATED = 256, 64
 # Shared memory for the sums of the first pass: two blocks of a multiprocessor.
 _SUMS_BYTES = 80 << 10
 # Widest row that a block of `decide` holds in shared memory, as float32.
 _RESIDENT = 8192
 # Terms of a fixed-tree sum of two levels before those that shared memory holds.
 _SHORT = 4096
+_UNPROVED = "auto takes it once a committed GPU row shows its contract test passing"
 _Lists = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
-class CupyBackend(RowKernels):
+class CupyBackend(RowKernels, WideLook):
     """k-means steps as CUDA kernels.
 
     Parameters
@@ -82,7 +81,7 @@ class CupyBackend(RowKernels):
         return None
 
     def reserved(self, problem: Problem) -> str | None:
-        return differs(self, problem.device)
+        return _UNPROVED
 
     def chunk_rows(self, r: int, k: int, d: int, device: torch.device) -> int:
         """Rows of a chunk: no scores are stored, and the lists of open rows have 12 bytes for each."""
@@ -236,35 +235,6 @@ class CupyBackend(RowKernels):
                 far, operand.terms, operand.reach, padded, r, labels[:, first:], labels.stride(0), *lists, n, first,
             )  # fmt: skip
 
-    def _multiply(
-        self, x: torch.Tensor, norms: torch.Tensor, operand: Looks, labels: torch.Tensor, lists: _Lists
-    ) -> None:
-        """The first look without a tile: slices of features as float16, torch's product, and `select`."""
-        r, k, d = operand.centroids.shape
-        n, device, options = x.shape[0], x.device, self._options(x)
-        matrix = operand.padded.view(r * k, -1)
-        assert operand.shift is not None
-        size = max(16, _PRODUCT_BYTES // (4 * r * k))
-        for first in range(0, n, size):
-            part = x[first : first + size]
-            rows = part.shape[0]
-            products: torch.Tensor | None = None
-            for start in range(0, d, SLICE):
-                some = part[:, start : start + SLICE]
-                width = min(SLICE, matrix.shape[1] - start)
-                seen = torch.empty(rows, width, dtype=torch.float16, device=device)
-                self.launch(
-                    device, "select.cu", options, "convert", (_blocks(rows * width, 8 * _THREADS), 1), _THREADS, 0,
-                    *_rows(some), operand.shift[start:], operand.scale, width, seen,
-                )  # fmt: skip
-                product = multiplied(seen, matrix[:, start : start + width].t())
-                products = product if products is None else products.add_(product)
-            self.launch(
-                device, "select.cu", options, "select", (_blocks(rows, _WARPS), 1), _THREADS, 0,
-                products, rows, norms[first:], operand.terms, operand.reach, k, r,
-                labels[:, first:], labels.stride(0), *lists, n, first,
-            )  # fmt: skip
-
     def _tile(self, k: int, d: int, device: torch.device) -> Tile:
         return Tile.of(k, d, self.launch.shared_memory_bytes(device), self.launch.multiprocessors(device))
 
@@ -278,14 +248,3 @@ def _launcher() -> Launcher:
 def _tree(length: int) -> tuple[str, ...]:
     """For the compiler, where a fixed-tree sum is of no more than so many terms: fewer levels, and registers."""
     return ("-DTREE_LEVELS=2",) if length <= _SHORT else ()
-
-
-def multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product of float16 matrices, summed and returned in float32."""
-    matmul: Any = torch.backends.cuda.matmul
-    reduced = matmul.allow_fp16_reduced_precision_reduction
-    matmul.allow_fp16_reduced_precision_reduction = False
-    try:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    finally:
-        matmul.allow_fp16_reduced_precision_reduction = reduced

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from gpuclust.cluster.backends.base import Operand
+from gpuclust.cluster.backends.cupy_wide import DEPTH
 from gpuclust.cluster.backends.split import Split
 from gpuclust.cluster.backends.tile import Tile, blocks, up
 from gpuclust.cluster.exact import FLOAT16, SPLIT, Bound, Frame
 
-# As in the kernel's file.
-_THREADS, _WARPS = 128, 4
+# Threads that go across the features of a centroid, of many and of few.
+_THREADS = {True: 1024, False: 128}
+_MANY = 4096
 WIDE = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -50,9 +52,9 @@ class Looks(Operand):
         centroids = centroids.contiguous()
         (r, k, d), device = centroids.shape, centroids.device
         if swizzled:
-            columns, width = up(k, swizzled), up(d, 64)
+            columns, width = up(k, swizzled), up(d, DEPTH)
         else:
-            columns, width = (up(k, tile.columns), tile.width(d)) if tile.rows else (k, up(d, 8))
+            columns, width = (up(k, tile.columns), tile.width(d)) if tile.rows else (k, up(d, DEPTH))
         bound, fine = frame.bound(dtype, FLOAT16), frame.bound(dtype, SPLIT)
         padded = torch.empty(r, columns, width, dtype=torch.float16, device=device)
         terms = torch.empty(r, columns, 2, dtype=torch.float32, device=device)
@@ -60,14 +62,19 @@ class Looks(Operand):
         bias = torch.empty(r, k, dtype=torch.float64, device=device)
         finer = Split.empty(fine, centroids)
         fine_columns, pieces = finer.parts.shape[1:3]
-        options = (f"-DROW={WIDE[centroids.dtype]}", *([f"-DSWIZZLED_COLUMNS={swizzled}"] if swizzled else []))
+        threads = _THREADS[d > _MANY]
+        options = (
+            f"-DROW={WIDE[centroids.dtype]}",
+            f"-DTHREADS={threads}",
+            *([f"-DSWIZZLED_COLUMNS={swizzled}"] if swizzled else []),
+        )
         launch(
-            device, "prepare.cu", options, "prepare", (max(columns, fine_columns), r), _THREADS, 0,
+            device, "prepare.cu", options, "prepare", (max(columns, fine_columns), r), threads, 0,
             centroids, k, d, frame.centre, *_numbers(bound), padded, columns, width, terms, reach,
             *_numbers(fine), finer.parts, fine_columns, pieces, finer.matrix, finer.terms, finer.reach, bias,
         )  # fmt: skip
         launch(
-            device, "prepare.cu", options, "repeated", (blocks(k, _WARPS), r), _THREADS, 0,
+            device, "prepare.cu", options, "repeated", (blocks(k, threads // 32), r), threads, 0,
             centroids, k, d, bias, terms, reach, columns, finer.terms, finer.reach, fine_columns,
         )  # fmt: skip
         return cls(centroids, bound.shift, bound.scale, padded, terms, reach, tile, finer)

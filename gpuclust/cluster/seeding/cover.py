@@ -48,6 +48,8 @@ class Cover:
     fine : list of bool
     spare : int
         What is drawn where nothing is left to cover: the first row that has weight.
+    exhausted : bool
+        Whether the last draw found nothing left to cover in any restart.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Cover:
         self.source, self.block, self.bits = source, moments.block, bits
         self.share = None if weights is None else weights / self.block.max(weights.amax())
         self.spare, self._mass_of_all = 0, float(self.block.n)
+        self.exhausted = False
         if self.share is not None:
             heavy = self.share.nonzero()[:1, 0] + self.block.first
             first = heavy if len(heavy) else heavy.new_full((1,), self.block.n)
@@ -96,10 +99,12 @@ class Cover:
         """Draw by whole numbers (h, n), ``count`` rows for each of the bits of each h: int64 (h, t)."""
         heaps = amounts.cumsum(-1)
         before, limits = self.block.before(heaps[:, -1])
+        left = limits.tolist()
+        self.exhausted = not any(left)
         targets = torch.tensor(
             [
                 [target for one in some for target in one.below(limit, count)]
-                for some, limit in zip(bits, limits.tolist(), strict=True)
+                for some, limit in zip(bits, left, strict=True)
             ],
             device=heaps.device,
         )

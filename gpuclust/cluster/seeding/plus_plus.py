@@ -85,6 +85,9 @@ class _PlusPlus:
             cover.refine(dict(zip(every, chosen, strict=True)), cover.image.rows)
             units = cover.units()
             drawn = cover.draw(self.trials, every, units)
+            if cover.exhausted:  # fewer distinct rows than clusters: no row that is chosen now changes anything
+                rest = chosen.new_full((len(chosen), self.k - chosen.shape[1]), cover.spare)
+                return torch.cat([chosen, rest], 1).tolist()
             best = self._add(torch.where(drawn < 0, cover.spare, drawn), units)
             chosen = torch.cat([chosen, best], 1)
         return chosen.tolist()
