@@ -628,10 +628,12 @@ def test_sums_and_counts_have_the_bits_of_the_torch_backend(
     for backend in (TorchBackend(), make()):
         sums = torch.zeros(grid.levels, r, k, d, dtype=torch.float64, device=device)
         counts = torch.zeros(r, k, dtype=torch.float64, device=device)
-        backend.accumulate(x, weights, grid, old.contiguous(), None, sums, counts)
-        first = sums.clone(), counts.clone()
-        backend.accumulate(x, weights, grid, new, old, sums, counts)
-        found.append((*first, sums, counts))
+        changed = torch.full((r,), 2, dtype=torch.int64, device=device)
+        backend.accumulate(x, weights, grid, old.contiguous(), None, sums, counts, changed)
+        first = sums.clone(), counts.clone(), changed.clone()
+        backend.accumulate(x, weights, grid, new, old, sums, counts, changed)
+        assert torch.equal(changed - first[2], (new != old).sum(1))
+        found.append((*first, sums, counts, changed))
     for expected, got in zip(*found, strict=True):
         assert torch.equal(expected, got)
         assert not bool(torch.signbit(got[got == 0]).any())

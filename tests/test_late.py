@@ -10,7 +10,7 @@ from cases_cluster import rows
 from on_host import HostLauncher
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpuclust.cluster.backends import cupy as cupy_backend
+from gpuclust.cluster.backends import cupy_wide
 from gpuclust.cluster.backends.cupy import CupyBackend
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.distributed import OneProcess
@@ -77,7 +77,7 @@ def watched(lloyd: Lloyd, starts: torch.Tensor, monkeypatch: pytest.MonkeyPatch)
 def test_an_iteration_waits_for_nothing(
     dtype: torch.dtype, d: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cupy_backend, "multiplied", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(cupy_wide, "multiplied", lambda a, b: a.float() @ b.float())
     x = rows("blobs", 80, d, dtype)
     weights = torch.arange(1.0, 81.0, dtype=torch.float64) if weighted else None
     starts = torch.stack([x[:5], x[20:25], x[40:45]]).to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -98,7 +98,7 @@ def test_an_iteration_waits_for_nothing(
 def test_what_the_host_issues_in_an_iteration(
     d: int, weighted: bool, operations: int, kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cupy_backend, "multiplied", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(cupy_wide, "multiplied", lambda a, b: a.float() @ b.float())
     x = rows("noise", 200, d)
     lloyd = loop(CupyBackend(HostLauncher()), x, torch.arange(1.0, 201.0, dtype=torch.float64) if weighted else None)
     lloyd.chunk_rows = lambda restarts: 200
