@@ -27,6 +27,10 @@ class Launcher:
     def multiprocessors(self, device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
+    def hopper(self, device: torch.device) -> bool:
+        """Whether it has the products of warpgroups, which only compute capability 9.0 has."""
+        return torch.cuda.get_device_capability(device) == (9, 0)
+
     def blocks(self, device: torch.device) -> int:
         """Blocks of a grid that walks through a list whose length only the device knows: enough to fill it."""
         return 4 * self.multiprocessors(device)

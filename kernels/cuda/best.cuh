@@ -48,6 +48,20 @@ struct Best {
     return least + fmaf(2.0f * norm, slope, width);
   }
 
+  // For lower ends whose last 5 bits were taken for something else, and that were then subtracted and added once: each
+  // is off by no more than `share` of what it is and of what the least is. (31 units in the last place are less than
+  // 2^-18, and three roundings 2^-22.) `second` goes down by that share of it, which is monotone, so it stays below all
+  // other lower ends; `least` goes up by that share. What won and is no centroid of the k shows that no score was one.
+  __device__ __forceinline__ void widen(int64 k) {
+    const float share = 0x1p-17f;
+    least = fmaf(share, fabsf(least), least);
+    second = fmaf(-share, fabsf(second), second);
+    if (index >= k) {
+      index = 0;
+      least = __int_as_float(0x7fffffff);  // not a number
+    }
+  }
+
   // Not "<=" of the opposite: a comparison with no number must leave the row open. A score of minus infinity is that of
   // an operand that left the range of its type.
   __device__ __forceinline__ bool certain(float upper_end) const {

@@ -9,6 +9,7 @@ in a pass. torch allocates every buffer.
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -45,14 +46,14 @@ class Looks(Operand):
 
     Attributes
     ----------
-    padded : float16 (r, k', w)
-        ``matrix`` with zeros up to whole tiles of centroids and of features; (r, k, w) where torch multiplies.
+    padded : float16
+        `Tile.image` of ``matrix``.
     terms : float32 (r, k', 2)
-        ``low`` and ``slope``; of what is no centroid infinity and 0.
+        ``low`` and ``slope``; of what is no centroid infinity (the largest number for ``assign_hopper.cu``) and 0.
     reach : float32 (r, k')
         ``high`` less ``low``.
     tile : Tile
-        How ``assign.cu`` sees them.
+        How the first look's kernel sees them.
     finer : Split
         For the rows that float16 leaves open.
     """
@@ -113,14 +114,12 @@ class CupyBackend:
         operand, finer = frame.operand(centroids, dtype, FLOAT16), Split.of(frame, centroids, dtype)
         r, k, d = centroids.shape
         tile = self._tile(k, d, centroids.device)
-        rows, width = (_up(k, tile.columns), tile.width(d)) if tile.rows else (k, _up(d, 8))
-        padded = operand.matrix.new_zeros(r, rows, width)
-        padded[:, :k, :d] = operand.matrix.view(r, k, d)
+        never = torch.finfo(torch.float32).max if tile.stages else math.inf
         own = {field.name: getattr(operand, field.name) for field in fields(Operand)}
         return Looks(
             **own,
-            padded=padded,
-            **ends(operand, rows),
+            padded=tile.image(operand.matrix.view(r, k, d)),
+            **ends(operand, tile.padded(k), never),
             tile=tile,
             finer=finer,
         )
@@ -201,12 +200,14 @@ class CupyBackend:
         self, x: torch.Tensor, norms: torch.Tensor, operand: Looks, labels: torch.Tensor, lists: _Lists
     ) -> None:
         """The first look: product and argmin in one kernel."""
-        r, k, _ = operand.centroids.shape
-        tile, (_, padded, width) = operand.tile, operand.padded.shape
+        r, k, d = operand.centroids.shape
+        tile, n, device = operand.tile, x.shape[0], x.device
+        rest = (tile.stages,) if tile.stages else (tile.padded(k) // tile.columns, None)
         self.launch(
-            x.device, "assign.cu", (*self._options(x), *tile.options), "assign", (_blocks(x.shape[0], tile.rows), 1),
-            tile.threads, tile.shared_bytes(width), *_rows(x), operand.shift, operand.scale, norms, operand.padded,
-            width, operand.terms, operand.reach, k, r, labels, labels.stride(0), *lists, padded // tile.columns, None,
+            device, tile.file, (*self._options(x), *tile.options), "assign",
+            (tile.blocks(n, self.launch.multiprocessors(device)), 1), tile.threads, tile.shared_bytes(d), *_rows(x),
+            operand.shift, operand.scale, norms, operand.padded, tile.width(d), operand.terms, operand.reach, k, r,
+            labels, labels.stride(0), *lists, *rest,
         )  # fmt: skip
 
     def _stream(
@@ -270,7 +271,10 @@ class CupyBackend:
             )  # fmt: skip
 
     def _tile(self, k: int, d: int, device: torch.device) -> Tile:
-        return Tile.of(k, d, self.launch.shared_memory_bytes(device), self.launch.multiprocessors(device))
+        launch = self.launch
+        return Tile.of(
+            k, d, launch.shared_memory_bytes(device), launch.multiprocessors(device), launch.hopper(device)
+        )
 
     @staticmethod
     def _options(x: torch.Tensor) -> tuple[str, ...]:

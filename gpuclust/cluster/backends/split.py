@@ -73,11 +73,12 @@ class Split(Operand):
         return held, other + held * per_piece
 
 
-def ends(operand: Operand, padded: int) -> dict[str, Any]:
-    """``terms`` and ``reach`` of an operand, for a number of centroids that makes whole tiles."""
+def ends(operand: Operand, padded: int, never: float = math.inf) -> dict[str, Any]:
+    """``terms`` and ``reach`` of an operand, for a number of centroids that makes whole tiles; ``never`` is the score of
+    what is none."""
     r, k, _ = operand.centroids.shape
     terms, reach = operand.low.new_zeros(r, padded, 2), operand.low.new_zeros(r, padded)
-    terms[:, k:, 0].fill_(math.inf)
+    terms[:, k:, 0].fill_(never)
     terms[:, :k] = torch.cat([operand.low, operand.slope], 1).view(r, k, 2)
     reach[:, :k] = (operand.high - operand.low).view(r, k)
     return {"terms": terms, "reach": reach}
