@@ -17,8 +17,9 @@ ARCHITECTURES = ["sm_80", "sm_90a", "sm_100"]
 ROWS = ["Float16", "BFloat16", "float", "double"]
 TILES = [Tile(columns, rows) for rows in (64, 128) for columns in (32, 64, 128)]
 STREAMED = [Tile(128, rows, streamed=True) for rows in (96, 192)]
+WARPGROUPS = [Tile(columns, 64 * groups, stages=4) for columns in (32, 64, 128) for groups in (1, 2, 3, 4)]
 CASES = [(file.name, (f"-DROW={row}",)) for file in sorted(cuda_folder().glob("*.cu")) for row in ROWS]
-CASES = [case for case in CASES if case[0] not in ("assign.cu", "rescore.cu")]
+CASES = [case for case in CASES if case[0] not in ("assign.cu", "assign_hopper.cu", "rescore.cu")]
 CASES += [("rescore.cu", (f"-DROW={row}", f"-DWARPS={warps}")) for row in ROWS for warps in (1, 2, 4)]
 CASES += [
     ("assign.cu", (f"-DROW={row}", *tile.options))
@@ -27,6 +28,12 @@ CASES += [
     if row == "float" or tile == Tile(128, 128)  # the type of the rows matters where they are read, before the tiles
 ]
 CASES += [("assign.cu", ("-DROW=Float16", *tile.options)) for tile in STREAMED]
+ON_HOPPER = [
+    ("assign_hopper.cu", (f"-DROW={row}", *tile.options))
+    for row in ROWS
+    for tile in WARPGROUPS
+    if row == "float" or tile == WARPGROUPS[-1]
+]
 # Registers times threads of the blocks that are to share a multiprocessor (65,536), and static shared memory.
 MOST_REGISTERS = {"assign": 128, "rescore": 128, "decide": 128}
 MOST_SHARED_BYTES = {"rescore": 4 << 10, "decide": 13 << 10, "assign": 8 << 10}
@@ -50,8 +57,11 @@ def used(log: str) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: "".join(value))
+@pytest.mark.parametrize(
+    ("name", "options", "arch"),
+    [*((*case, arch) for arch in ARCHITECTURES for case in CASES), *((*case, "sm_90a") for case in ON_HOPPER)],
+    ids=lambda value: "".join(value),
+)
 def test_every_kernel_compiles_within_its_registers_and_shared_memory(
     name: str, options: tuple[str, ...], arch: str
 ) -> None:
@@ -59,6 +69,7 @@ def test_every_kernel_compiles_within_its_registers_and_shared_memory(
     assert cubin.startswith(b"\x7fELF")
     kernels = used(log)
     assert kernels
+    assert "wgmma" not in log  # as where it says that products wait for each other
     for kernel, use in kernels.items():
         assert use["spilled_bytes"] == use["stack_bytes"] == 0, (kernel, use)
         most = 255 if "-DSTREAMED_ROWS" in options else MOST_REGISTERS.get(kernel, 64)

@@ -35,8 +35,12 @@ from gpuclust.kernels.launch import Launcher, architecture
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # Shared memory that no tile of assign.cu fits in: torch multiplies; and that the larger tile of streamed rows does not.
 TOO_LITTLE, LITTLE = 9 << 10, 81 << 10
-# Width and shared memory for each way of the first look: resident rows, a matrix product, streamed rows.
-WAYS = [(3, None), (3, TOO_LITTLE), (1030, LITTLE)]
+# What a block can ask for.
+H100, A100, L4 = 227 << 10, 163 << 10, 99 << 10
+# Width and backend for each way of the first look: resident rows, a matrix product, streamed rows, Hopper's products.
+HOPPER = {"hopper": True}
+NARROW = [{}, {"shared_bytes": TOO_LITTLE}, HOPPER]
+WAYS: list[tuple[int, dict[str, Any]]] = [*((3, way) for way in NARROW), (1030, {"shared_bytes": LITTLE})]
 
 Make = Callable[..., CupyBackend]
 
@@ -53,14 +57,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def make(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Backends of the device: with so much shared memory, and on a processor with threads in falling order."""
+    """Backends of the device: with so much shared memory, on a processor with threads in falling order, for Hopper."""
 
-    def made(shared_bytes: int | None = None, falling: bool = False) -> CupyBackend:
+    def made(shared_bytes: int | None = None, falling: bool = False, hopper: bool = False) -> CupyBackend:
         if device.type == "cpu":
             # Torch multiplies float16 into float32 on CUDA only.
             monkeypatch.setattr(cupy_backend, "multiplied", lambda a, b: a.float() @ b.float())
-            return CupyBackend(HostLauncher(shared_bytes or 163 << 10, falling))
+            return CupyBackend(HostLauncher(shared_bytes or (H100 if hopper else A100), falling, hopper))
         launcher = Launcher()
+        if hopper and not launcher.hopper(device):
+            pytest.skip("the products of warpgroups need compute capability 9.0")
+        monkeypatch.setattr(launcher, "hopper", lambda _: hopper)
         # As many as on the processor: a few small tiles are then enough for streaming.
         monkeypatch.setattr(launcher, "multiprocessors", lambda _: 3)
         if shared_bytes:
@@ -108,6 +115,12 @@ class Spy:
         self.launcher(device, file, options, kernel, *rest)
 
 
+def line(operand: Looks, j: int) -> tuple[Any, ...]:
+    """Where centroid ``j`` of the first restart is in ``padded``."""
+    columns = operand.tile.columns
+    return (0, j // columns, slice(None), j % columns) if operand.tile.stages else (0, j)
+
+
 def all_open(operand: Looks) -> Looks:
     """Every row gets a second look."""
     return replace(operand, terms=torch.full_like(operand.terms, math.nan))
@@ -124,12 +137,12 @@ def seeds(x: torch.Tensor, r: int, k: int) -> torch.Tensor:
 # ---- labels
 
 
-@pytest.mark.parametrize("shared_bytes", [None, TOO_LITTLE], ids=["fused", "wide"])
+@pytest.mark.parametrize("way", NARROW, ids=["fused", "wide", "hopper"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_labels_are_exact_for_every_kind_of_rows(
-    dtype: torch.dtype, shared_bytes: int | None, device: torch.device, make: Make
+    dtype: torch.dtype, way: dict[str, Any], device: torch.device, make: Make
 ) -> None:
-    backend = make(shared_bytes)
+    backend = make(**way)
     decided = 0
     for kind in KINDS:
         n = 60 if kind == "one far row" else 150  # the reference distance decides all of its rows
@@ -170,6 +183,48 @@ def test_labels_are_exact_for_every_shape(
         assert [mislabelled(labels[i], x, centroids[i]) for i in range(r)] == [0] * r
         assert torch.equal(labels, expected)
         assert abs(count - decided) <= 2 + n * r // 20  # float32 sums of another order leave other rows open
+
+
+ON_HOPPER = [
+    # n, d, k, r, kind, dtype, multiprocessors: blocks, so warpgroups have none, one or more turns at rows
+    (1, 1, 1, 1, "noise", torch.float32, 3),
+    (300, 3, 5, 1, "noise", torch.float32, 1),
+    (450, 16, 40, 5, "duplicates", torch.float64, 1),
+    (129, 64, 64, 2, "near ties", torch.float32, 2),
+    (300, 100, 130, 1, "blobs", torch.float16, 1),
+    (130, 130, 300, 3, "duplicates", torch.float32, 1),
+    (70, 350, 40, 1, "relu", torch.bfloat16, 1),
+    (66, 513, 300, 1, "blobs", torch.float32, 1),
+    (66, 1024, 7, 2, "offset", torch.float32, 3),
+]
+
+
+@pytest.mark.parametrize("falling", [False, True], ids=["rising", "falling"])
+@pytest.mark.parametrize(("n", "d", "k", "r", "kind", "dtype", "multiprocessors"), ON_HOPPER, ids=str)
+def test_labels_and_open_rows_of_warpgroups_are_those_of_warps(
+    n: int,
+    d: int,
+    k: int,
+    r: int,
+    kind: str,
+    dtype: torch.dtype,
+    multiprocessors: int,
+    falling: bool,
+    device: torch.device,
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = rows(kind, max(n, k), d, dtype).to(device)
+    centroids, x = seeds(x, r, k), x[:n]
+    opened = []
+    for hopper in (True, False):
+        backend = make(hopper=hopper, falling=falling)
+        monkeypatch.setattr(backend.launch, "multiprocessors", lambda _: multiprocessors)
+        spy = backend.launch = Spy(backend.launch)
+        labels, _ = assigned(backend, x, centroids)
+        assert [mislabelled(labels[i], x, centroids[i]) for i in range(r)] == [0] * r
+        opened.append(spy.opened[0].cpu())
+    assert (opened[0] - opened[1]).abs().max() <= 1
 
 
 STREAMED = [
@@ -263,26 +318,29 @@ def test_the_open_rows_do_not_depend_on_how_blocks_share_the_centroids(
 def test_rows_of_any_strides_are_read_where_they_lie(device: torch.device, make: Make) -> None:
     whole = rows("noise", 80, 96, torch.float32).to(device)
     wide = rows("noise", 40, 2200, torch.float32).to(device)
-    for x, shared in (
-        *((x, (None, TOO_LITTLE)) for x in (whole[1::3], whole[:, ::2], whole[:, 5:40], whole.t().contiguous().t())),
-        (whole[7:8].expand(9, -1), (None, TOO_LITTLE)),
-        *((x, (LITTLE,)) for x in (wide[1::3], wide[:, ::2], wide[:, 5:1040], wide[:, :1030].t().contiguous().t())),
-        (wide[7:8].expand(9, -1), (LITTLE,)),
+    little = [{"shared_bytes": LITTLE}]
+    for x, ways in (
+        *((x, NARROW) for x in (whole[1::3], whole[:, ::2], whole[:, 5:40], whole.t().contiguous().t())),
+        (whole[7:8].expand(9, -1), NARROW),
+        *((x, little) for x in (wide[1::3], wide[:, ::2], wide[:, 5:1040], wide[:, :1030].t().contiguous().t())),
+        (wide[7:8].expand(9, -1), little),
     ):
         centroids = seeds(x, 1, 4)
-        for shared_bytes in shared:
-            labels, _ = assigned(make(shared_bytes), x, centroids)
+        for way in ways:
+            labels, _ = assigned(make(**way), x, centroids)
             assert mislabelled(labels[0], x, centroids[0]) == 0
 
 
-@pytest.mark.parametrize(("n", "d", "shared_bytes"), [(1040, 3, None), (1040, 3, TOO_LITTLE), (40, 1040, LITTLE)])
+@pytest.mark.parametrize(
+    ("n", "d", "way"), [*((1040, 3, way) for way in NARROW), (40, 1040, {"shared_bytes": LITTLE})], ids=str
+)
 def test_rows_and_features_beyond_32_bits_are_read_where_they_lie(
-    n: int, d: int, shared_bytes: int | None, device: torch.device, make: Make
+    n: int, d: int, way: dict[str, Any], device: torch.device, make: Make
 ) -> None:
     near = rows("noise", n, d, torch.float16).to(device)
     x = far(near) if n > d else far(near.t()).t()
     assert max(x.stride(0) * (n - 1), x.stride(1) * (d - 1)) > 2**32
-    backend, centroids = make(shared_bytes), seeds(near, 1, 4)
+    backend, centroids = make(**way), seeds(near, 1, 4)
     labels, _ = assigned(backend, x, centroids)
     assert mislabelled(labels[0], near, centroids[0]) == 0
     grid, found = Grid.of(near.abs().amax(0), n, x.dtype), []
@@ -307,8 +365,9 @@ def test_the_first_look_leaves_open_what_its_bound_says_and_reads_nothing_beside
     x = whole[:100, :d]
     x.copy_(rows("blobs", 100, d, dtype))
     frame, norms = (moments := Moments.of(TensorSource(x))).frame, moments.frame.norms(moments.dist2).double()
-    for k, shared_bytes in ((5, None), (50, None), (70, None), (70, TOO_LITTLE)) if d < 1024 else ((20, LITTLE),):
-        backend = make(shared_bytes)
+    narrow = (5, {}), (50, {}), (70, {}), (70, {"shared_bytes": TOO_LITTLE}), (5, HOPPER), (70, HOPPER)
+    for k, way in narrow if d < 1024 else ((20, {"shared_bytes": LITTLE}),):
+        backend = make(**way)
         spy = backend.launch = Spy(backend.launch)
         centroids = seeds(x, 2, k)
         labels, _ = assigned(backend, x, centroids)
@@ -321,7 +380,7 @@ def test_the_first_look_leaves_open_what_its_bound_says_and_reads_nothing_beside
         upper, lower = operand.high.double() + products + bounds, operand.low.double() + products - bounds
         least = upper.view(2, k, -1).amin(1, keepdim=True)
         expected = ((lower.view(2, k, -1) <= least).sum(1) > 1).sum(1)
-        assert (spy.opened[0].cpu() - expected.cpu()).abs().max() <= 1, (k, shared_bytes)
+        assert (spy.opened[0].cpu() - expected.cpu()).abs().max() <= 1, (k, way)
         assert expected.max() < (60 if d < 1024 else 75)
 
 
@@ -422,8 +481,8 @@ def test_centroids_out_of_all_proportion_certify_nothing_wrong(device: torch.dev
     far = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(device)
     for scale in (1e3, 1e5, 1e8, 1e20, 1e30):
         for centroids in (far * scale, torch.cat([x[:3], far[:3] * scale]), far + scale):
-            for shared_bytes in (None, TOO_LITTLE):
-                found = nearest(TensorSource(x), centroids, make(shared_bytes))
+            for way in NARROW:
+                found = nearest(TensorSource(x), centroids, make(**way))
                 assert mislabelled(found.cpu(), x, centroids) == 0
 
 
@@ -455,8 +514,8 @@ def test_rows_near_the_border_of_two_centroids_are_no_escape(
     centroids = torch.from_numpy(centres * unit).to(centroid_dtype(dtype))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cupy_backend, "multiplied", lambda a, b: a.float() @ b.float())
-        for shared_bytes in (163 << 10, TOO_LITTLE):
-            backend = CupyBackend(HostLauncher(shared_bytes))
+        for launcher in (HostLauncher(), HostLauncher(TOO_LITTLE), HostLauncher(H100, hopper=True)):
+            backend = CupyBackend(launcher)
             labels, _ = assigned(backend, x, centroids[None])
             assert mislabelled(labels[0], x, centroids) == 0
             assert mislabelled(nearest(TensorSource(x), centroids, backend), x, centroids) == 0
@@ -483,7 +542,7 @@ def test_what_is_not_a_number_certifies_nothing_wrong(
             terms[0, 2, field == "slope"] = value
             return replace(operand, terms=terms)
         spoiled = getattr(operand, field).clone()
-        spoiled[0, 2] = value
+        spoiled[line(operand, 2) if field == "padded" else (0, 2)] = value
         return replace(operand, **{field: spoiled})
 
     def second(operand: Looks) -> Looks:
@@ -504,22 +563,22 @@ def test_what_is_not_a_number_certifies_nothing_wrong(
         nothing_certain = torch.full_like(operand.finer.reach, math.nan)
         return all_open(replace(operand, finer=replace(operand.finer, reach=nothing_certain, **{name: spoiled})))
 
-    for d, shared_bytes in WAYS:
+    for d, way in WAYS:
         x = rows("blobs", 50, d).to(device)
         for spoil in (first, second, third):
-            labels, _ = assigned(make(shared_bytes), x, x[None, :4], spoil)
+            labels, _ = assigned(make(**way), x, x[None, :4], spoil)
             assert mislabelled(labels[0], x, x[:4]) == 0
 
 
 def test_every_row_is_left_open_where_one_score_is_no_number(device: torch.device, make: Make) -> None:
     def spoil(operand: Looks) -> Looks:
         parts, padded = operand.finer.parts.clone(), operand.padded.clone()
-        parts[0, 3, 0, 1, 2] = padded[0, 3] = math.nan  # of the lower parts
+        parts[0, 3, 0, 1, 2] = padded[line(operand, 3)] = math.nan  # of the lower parts
         return replace(operand, padded=padded, finer=replace(operand.finer, parts=parts))
 
-    for d, shared_bytes in WAYS:
+    for d, way in WAYS:
         x = rows("blobs", 50, d).to(device)
-        labels, decided = assigned(make(shared_bytes), x, x[None, :4], spoil)
+        labels, decided = assigned(make(**way), x, x[None, :4], spoil)
         assert decided == 50
         assert mislabelled(labels[0], x, x[:4]) == 0
 
@@ -529,12 +588,12 @@ def test_every_row_is_left_open_where_one_score_is_no_number(device: torch.devic
 def test_labels_are_in_range_whatever_became_of_the_rows(
     spoiled: float, precision: str, device: torch.device, make: Make
 ) -> None:
-    for d, shared_bytes in WAYS:
+    for d, way in WAYS:
         x = rows("blobs", 50, d).to(device)
         moments = Moments.of(TensorSource(x))
         centroids = x[None, :4].clone()
         x[7, 0], x[9] = spoiled, spoiled
-        backend = make(shared_bytes)
+        backend = make(**way)
         labels = torch.full((1, 50), -1, dtype=torch.int32, device=device)
         operand = backend.prepare(moments.frame, centroids, x.dtype)
         backend.assign(x, moments.frame.norms(moments.dist2), operand, labels, precision)
@@ -542,7 +601,7 @@ def test_labels_are_in_range_whatever_became_of_the_rows(
 
 
 def test_fast_takes_the_least_score(device: torch.device, make: Make) -> None:
-    for d, shared_bytes in ((30, None), (30, TOO_LITTLE), (1100, LITTLE)):
+    for d, way in (*((30, way) for way in NARROW), (1100, {"shared_bytes": LITTLE})):
         x = rows("blobs", 200, d).to(device)
         centroids = seeds(x, 1, 40)
         operand = make().prepare(Moments.of(TensorSource(x)).frame, centroids, x.dtype)
@@ -550,15 +609,13 @@ def test_fast_takes_the_least_score(device: torch.device, make: Make) -> None:
         seen = (x * operand.scale - operand.shift).half().double()
         scores = seen @ operand.matrix.double().t() + (operand.high[:, 0].double() + operand.low[:, 0].double()) / 2
         least = scores.amin(1)
-        labels, decided = assigned(make(shared_bytes), x, centroids, precision="fast")
+        labels, decided = assigned(make(**way), x, centroids, precision="fast")
         assert decided == 0
         excess = scores.gather(1, labels[0].long().to(device)[:, None])[:, 0] - least
         assert excess.max() <= 1e-5 * scores.abs().max()
 
 
 # ---- tiles
-
-H100, A100, L4 = 227 << 10, 163 << 10, 99 << 10
 
 
 @pytest.mark.parametrize(
@@ -583,6 +640,43 @@ def test_the_tile_fits_the_device(k: int, d: int, shared_bytes: int, multiproces
     tile = Tile.of(k, d, shared_bytes, multiprocessors)
     assert tile == expected
     assert tile.rows == 0 or tile.shared_bytes(d) + (8 << 10) <= shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("k", "d", "expected"),
+    [
+        (5, 64, Tile(32, 256, stages=16)),
+        (64, 128, Tile(64, 256, stages=16)),
+        (4096, 128, Tile(128, 256, stages=9)),
+        (4096, 256, Tile(128, 256, stages=5)),
+        (4096, 300, Tile(128, 192, stages=6)),
+        (4096, 512, Tile(128, 128, stages=5)),
+        (4096, 704, Tile(128, 128, stages=2)),
+        (4096, 1024, Tile(128, 64, stages=5)),
+        (4096, 1025, Tile(128, 192, True)),
+    ],
+    ids=str,
+)
+def test_the_tile_of_warpgroups_has_room_for_its_ring(k: int, d: int, expected: Tile) -> None:
+    tile = Tile.of(k, d, H100, 132, hopper=True)
+    assert tile == expected
+    assert tile.shared_bytes(d) + (1 << 10) <= H100
+    assert tile.blocks(10**6, 132) == (132 if tile.stages else 5209)
+    assert tile.blocks(130, 132) == (3 if tile.stages else 1)
+
+
+def test_the_image_of_centroids_has_each_feature_where_the_tensor_cores_look_for_it() -> None:
+    r, k, d, tile = 2, 70, 130, Tile(32, 256, stages=4)
+    matrix = torch.arange(r * k * d, dtype=torch.float32).view(r, k, d) + 1
+    image = tile.image(matrix)
+    assert image.shape == (r, 3, 3, 32, 64)
+    assert image.is_contiguous()
+    assert int((image != 0).sum()) == r * k * d
+    flat = image.flatten()
+    for restart, j, f in ((0, 0, 0), (0, 1, 0), (1, 69, 129), (1, 37, 70), (0, 31, 63), (1, 7, 8)):
+        piece = (restart * 3 + j // 32) * 3 + f // 64
+        place = (piece * 32 + j % 32) * 64 + ((f % 64 // 8) ^ (j % 8)) * 8 + f % 8
+        assert flat[place] == matrix[restart, j, f]
 
 
 def test_a_chunk_of_streamed_rows_is_whole_tiles_and_its_blocks_end_together() -> None:
@@ -672,7 +766,7 @@ def test_a_fit_has_the_bits_of_the_torch_backend(
     x = rows(kind, n, d, dtype).to(device)
     weights = torch.rand(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
     fits: list[Fit] = []
-    for backend in (TorchBackend(), make()):
+    for backend in (TorchBackend(), make(hopper=kind == "blobs")):
         monkeypatch.setattr(fit, "choose", lambda *_, backend=backend: (backend, {}))
         fits.append(fit_kmeans(TensorSource(x), k, n_init=3, seed=5, weights=weights if weighted else None))
     expected, got = fits

@@ -48,10 +48,11 @@ struct Best {
     return least + fmaf(2.0f * norm, slope, width);
   }
 
-  // For lower ends whose last 5 bits were taken for something else, and that were then subtracted and added once: each
-  // is off by no more than `share` of what it is and of what the least is. (31 units in the last place are less than
-  // 2^-18, and three roundings 2^-22.) `second` goes down by that share of it, which is monotone, so it stays below all
-  // other lower ends; `least` goes up by that share. What won and is no centroid of the k shows that no score was one.
+  // For lower ends whose last 5 bits were taken for something else, and that were then taken from the least and put back:
+  // each is off by less than 2^-18 of itself (31 units in the last place) and 2^-22 of the least (three roundings, of
+  // numbers that are not larger than both together). What `second` goes down and `least` up by covers that, so that
+  // they are not farther apart than the lower ends are. `second` keeps its order: it is still below all others. Where
+  // what won is none of the k centroids, not one of these had a number for a score.
   __device__ __forceinline__ void widen(int64 k) {
     const float share = 0x1p-17f;
     least = fmaf(share, fabsf(least), least);
