@@ -55,7 +55,7 @@ def parts(out: Path, device: str) -> Iterator[Part]:
     pytest = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors")
     if device == "cuda":
         gpu = {"GPUCLUST_REQUIRE_GPU": "1"}
-        names = ("cupy", "cupy_rows", "cupy_wide", "prepare", "step", "triton", "contract")
+        names = "cupy", "cupy_bounds", "cupy_rows", "cupy_sums", "cupy_wide", "prepare", "step", "triton", "contract"
         kernels = tuple(f"tests/test_{name}.py" for name in names)
         apart = tuple(word for file in kernels for word in ("--ignore", file))
         yield Part("gpu-tests", (*pytest, "-m", "gpu", *apart, "tests"), 60, None, gpu)

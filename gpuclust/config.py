@@ -139,10 +139,11 @@ class Environment:
     memory_limit: int | None
     chunk_bytes: int | None
     cache: Path | None
+    hopper: bool
 
 
 def environment() -> Environment:
-    """Read GPUCLUST_DEVICE, GPUCLUST_MEMORY_LIMIT, GPUCLUST_CHUNK_BYTES and GPUCLUST_CACHE now."""
+    """Read GPUCLUST_DEVICE, _MEMORY_LIMIT, _CHUNK_BYTES, _CACHE and _HOPPER now."""
     limit, chunk = os.environ.get("GPUCLUST_MEMORY_LIMIT"), os.environ.get("GPUCLUST_CHUNK_BYTES")
     cache = os.environ.get("GPUCLUST_CACHE")
     return Environment(
@@ -150,6 +151,7 @@ def environment() -> Environment:
         memory_limit=parse_bytes(limit) if limit else None,
         chunk_bytes=parse_bytes(chunk) if chunk else None,
         cache=Path(cache).expanduser() if cache else None,
+        hopper=os.environ.get("GPUCLUST_HOPPER") == "1",
     )
 
 

@@ -113,3 +113,24 @@ def browser() -> Iterator[Any]:
         launched = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         yield launched
         launched.close()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.compiler),
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.nvrtc]),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> Any:
+    """Where CUDA kernels run: on a processor, compiled by g++, and on a GPU."""
+    import torch
+
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def make(device: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes CuPy backends of the device."""
+    from cases_cupy import maker
+
+    return maker(device, monkeypatch)

@@ -117,6 +117,8 @@ T of_lane(const Slot* all, int lane) {
 
 inline void (*body)(void**);
 inline void** arguments;
+// What other parts of the machine do before and after each block.
+inline void (*before_block)() = [] {}, (*after_block)() = [] {};
 
 inline void run_fiber() {
   body(arguments);
@@ -161,6 +163,7 @@ inline void launch(
       blockIdx = {x, y};
       dynamic.assign(shared_bytes / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
       block_barrier = Barrier();
+      before_block();
       warp_barriers.assign(threads / 32, Barrier());
       for (Fiber& fiber : fibers) {
         getcontext(&fiber.context);
@@ -175,6 +178,7 @@ inline void launch(
       current = falling ? threads - 1 : 0;
       threadIdx = {current, 0};
       swapcontext(&outside, &fibers[current].context);
+      after_block();
     }
   }
 }
@@ -183,6 +187,7 @@ inline void launch(
 
 inline void __syncthreads() { on_host::wait(on_host::block_barrier, on_host::fibers.size()); }
 inline void __syncwarp() { on_host::wait(on_host::warp_barriers[on_host::current / 32], 32); }
+
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int other) {
@@ -227,6 +232,12 @@ inline long long __double_as_longlong(double value) {
 inline float __int_as_float(int bits) {
   float out;
   std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+inline int __float_as_int(float value) {
+  int out;
+  std::memcpy(&out, &value, 4);
   return out;
 }
 
@@ -307,12 +318,16 @@ inline float cut_sum(const float* terms, int count) {
   return (float)std::ldexp((double)(sum / cut * cut), last);
 }
 
-inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+inline float quick_float(unsigned bits) {
   static const std::vector<float> floats = [] {
     std::vector<float> all(1 << 16);
     for (unsigned bits = 0; bits < all.size(); ++bits) all[bits] = to_float(Float16{(unsigned short)bits});
     return all;
   }();
+  return floats[bits & 0xffff];
+}
+
+inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   struct Mine {
     unsigned a[4], b[2];
   };
@@ -326,8 +341,8 @@ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
       const Mine column = on_host::of_lane<Mine>(all, (lane % 4 * 2 + i % 2) * 4 + pair);
       for (int upper = 0; upper < 2; ++upper) {
         const unsigned x = row.a[2 * upper + i / 2], y = column.b[upper];
-        terms[8 * upper + 2 * pair + 1] = floats[x & 0xffff] * floats[y & 0xffff];
-        terms[8 * upper + 2 * pair + 2] = floats[x >> 16] * floats[y >> 16];
+        terms[8 * upper + 2 * pair + 1] = quick_float(x) * quick_float(y);
+        terms[8 * upper + 2 * pair + 2] = quick_float(x >> 16) * quick_float(y >> 16);
       }
     }
     c[i] = cut_sum(terms, 17);

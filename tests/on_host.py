@@ -35,10 +35,12 @@ class HostLauncher:
         Shared memory of a block.
     falling : bool
         Whether the threads run in falling order: what is right only in one order lacks a barrier.
+    hopper : bool
+        Whether the machine of tests/on_host_hopper.hpp, too, is there.
     """
 
-    def __init__(self, shared_bytes: int = 163 << 10, falling: bool = False) -> None:
-        self.shared_bytes, self.falling = shared_bytes, falling
+    def __init__(self, shared_bytes: int = 163 << 10, falling: bool = False, hopper: bool = False) -> None:
+        self.shared_bytes, self.falling, self.is_hopper = shared_bytes, falling, hopper
         self.launched: list[str] = []
 
     def shared_memory_bytes(self, device: torch.device) -> int:
@@ -46,6 +48,9 @@ class HostLauncher:
 
     def multiprocessors(self, device: torch.device) -> int:
         return 3
+
+    def hopper(self, device: torch.device) -> bool:
+        return self.is_hopper
 
     def blocks(self, device: torch.device) -> int:
         return 3

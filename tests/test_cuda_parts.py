@@ -105,3 +105,52 @@ def test_float16_on_the_processor_is_float16(parts: ctypes.CDLL) -> None:
     every = np.arange(1 << 16, dtype=np.uint16)
     got = np.array([parts.host_float(int(bits)) for bits in every], dtype=np.float32)
     np.testing.assert_array_equal(got, every.view(np.float16).astype(np.float32))
+
+
+NEAR = """
+extern "C" void host_near(int tiles, const float* scores, long long k, Best* out) {
+  Near near;
+  near.clear();
+  for (int tile = 0; tile < tiles; ++tile) {
+    float sums[2 * SCORES];
+    for (int i = 0; i < SCORES; ++i) {
+      sums[i / 2 * 4 + 2 + i % 2] = scores[tile * SCORES + i];
+      sums[i / 2 * 4 + i % 2] = NAN;  // of the other row
+    }
+    near.take(sums, 1, tile, ~NUMBERS);
+  }
+  *out = near.best(0);
+  out->widen(k);
+}
+"""
+
+
+@pytest.mark.compiler
+def test_numbers_in_the_last_bits_never_widen_the_gap_between_the_two_least_scores() -> None:
+    near = library("assign_hopper.cu", ("-DROW=float", "-DCOLUMNS=128", "-DGROUPS=1"), NEAR).host_near
+    random = np.random.RandomState(0)
+    columns = np.array([tile * 128 + i // 2 * 8 + i % 2 for tile in range(3) for i in range(32)])
+    best = BestStruct()
+    for turn in range(3000):
+        scores = random.randn(96) * 10.0 ** random.randint(-30, 30, 96 if turn % 3 else 1)
+        scores = (scores + random.choice([0, 1, 1e4, -1e4])).astype(np.float32)
+        if turn % 4 == 0:  # so near to each other that bits decide
+            scores[:] = np.float32(random.randn()) * (1 + random.randint(-40, 40, 96) * 2.0**-23)
+        near(3, scores.ctypes.data_as(ctypes.c_void_p), ctypes.c_longlong(384), ctypes.byref(best))
+        chosen = int(np.flatnonzero(columns == best.index)[0])
+        other = np.delete(scores, chosen).min()
+        gap, share = float(other) - float(scores[chosen]), 2.0**-15 * (abs(float(scores[chosen])) + abs(float(other)))
+        assert scores[chosen] <= best.least
+        assert gap - share <= best.second - best.least <= gap
+    for bad in (np.nan, np.inf, -np.inf):
+        for place in (0, 1, 40, 95):
+            scores = random.randn(96).astype(np.float32)
+            scores[place] = bad
+            near(3, scores.ctypes.data_as(ctypes.c_void_p), ctypes.c_longlong(384), ctypes.byref(best))
+            certain = best.second > best.least > -3e38
+            assert certain <= (bad == np.inf)
+            assert 0 <= best.index < 384
+    # The least is no centroid: those that are have no score.
+    near(3, np.ones(96, np.float32).ctypes.data_as(ctypes.c_void_p), ctypes.c_longlong(0), ctypes.byref(best))
+    assert best.index == 0
+    assert np.isnan(best.least)

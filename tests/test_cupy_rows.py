@@ -23,16 +23,6 @@ SHAPES = [
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.compiler),
-        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.nvrtc]),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
-
-
 @pytest.fixture
 def backend(device: torch.device) -> CupyBackend:
     return CupyBackend(HostLauncher(falling=True) if device.type == "cpu" else None)

@@ -27,16 +27,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.compiler),
-        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.nvrtc]),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
-
-
 @pytest.fixture
 def backend(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> CupyBackend:
     if device.type == "cpu":

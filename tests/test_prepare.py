@@ -41,14 +41,14 @@ def close_to(found: torch.Tensor, expected: torch.Tensor, unit: torch.Tensor) ->
     return bool((same | ((found - expected).abs() <= 2.0**-22 * unit)).all())
 
 
-def check_ends(terms: torch.Tensor, reach: torch.Tensor, k: int, wanted: Bounded) -> None:
-    """Lower ends, slopes and how far the upper ends are from there; of what is no centroid infinity and 0."""
+def check_ends(terms: torch.Tensor, reach: torch.Tensor, k: int, wanted: Bounded, never: float = math.inf) -> None:
+    """Lower ends, slopes and how far the upper ends are from there; of what is no centroid ``never`` and 0."""
     r = len(terms)
     low, slope, high = (part.view(r, k) for part in (wanted.low, wanted.slope, wanted.high))
     assert close_to(terms[:, :k, 0], low, low.abs() + high.abs())
     assert close_to(terms[:, :k, 1], slope, slope.abs())
     assert close_to(reach[:, :k], high - low, low.abs() + high.abs())
-    assert bool((terms[:, k:, 0] == math.inf).all())
+    assert bool((terms[:, k:, 0] == never).all())
     assert not bool(terms[:, k:, 1].any())
     assert not bool(reach[:, k:].any())
 
@@ -156,9 +156,9 @@ def test_swizzled_tiles_are_a_permutation(
     frame = Moments.of(TensorSource(x)).frame
     centroids = x[: r * k].view(r, k, d)
     plain = Looks.of(launch, frame, centroids, x.dtype, Tile(128, 128))
-    looks = Looks.of(launch, frame, centroids, x.dtype, Tile(128, 128), swizzled=columns)
+    looks = Looks.of(launch, frame, centroids, x.dtype, Tile(columns, 256, stages=4))
     tiles, pieces = -(-k // columns), -(-d // 64)
-    assert looks.padded.shape == (r, tiles * columns, pieces * 64)
+    assert looks.padded.shape == (r, tiles, pieces, columns, 64)
     whole = torch.zeros(r, tiles * columns, pieces * 64, dtype=torch.float16, device=x.device)
     whole[:, :k, :d] = plain.padded[:, :k, :d]
     # (r, tile, piece, centroid, eighth, feature), with the eighths of a centroid in the order of its place in the tile.
@@ -166,4 +166,4 @@ def test_swizzled_tiles_are_a_permutation(
     order = torch.arange(8)[None] ^ (torch.arange(columns) % 8)[:, None]
     expected = expected.gather(4, order.to(x.device)[None, None, None, :, :, None].expand(r, tiles, pieces, -1, -1, 8))
     assert torch.equal(looks.padded.view(r, tiles, pieces, columns, 8, 8), expected)
-    check_ends(looks.terms, looks.reach, k, frame.operand(centroids, x.dtype, FLOAT16))
+    check_ends(looks.terms, looks.reach, k, frame.operand(centroids, x.dtype, FLOAT16), torch.finfo(torch.float32).max)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpuclust.config import environment
 from gpuclust.kernels import cuda_folder
 from gpuclust.kernels.nvrtc import compile
 
@@ -52,6 +53,10 @@ class Launcher:
 
     def multiprocessors(self, device: torch.device) -> int:
         return int(_properties(device).multi_processor_count)
+
+    def hopper(self, device: torch.device) -> bool:
+        """Whether to take the products of warpgroups, which only compute capability 9.0 has: GPUCLUST_HOPPER asks."""
+        return environment().hopper and torch.cuda.get_device_capability(device) == (9, 0)
 
     def blocks(self, device: torch.device) -> int:
         """Blocks of a grid that walks through a list whose length only the device knows: enough to fill it."""

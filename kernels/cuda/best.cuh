@@ -48,6 +48,21 @@ struct Best {
     return least + fmaf(2.0f * norm, slope, width);
   }
 
+  // For lower ends whose last 5 bits were taken for something else, and that were then taken from the least and put back:
+  // each is off by less than 2^-18 of itself (31 units in the last place) and 2^-22 of the least (three roundings, of
+  // numbers that are not larger than both together). What `second` goes down and `least` up by covers that, so that
+  // they are not farther apart than the lower ends are. `second` keeps its order: it is still below all others. Where
+  // what won is none of the k centroids, not one of these had a number for a score.
+  __device__ __forceinline__ void widen(int64 k) {
+    const float share = 0x1p-17f;
+    least = fmaf(share, fabsf(least), least);
+    second = fmaf(-share, fabsf(second), second);
+    if (index >= k) {
+      index = 0;
+      least = __int_as_float(0x7fffffff);  // not a number
+    }
+  }
+
   // Not "<=" of the opposite: a comparison with no number must leave the row open. A score of minus infinity is that of
   // an operand that left the range of its type.
   __device__ __forceinline__ bool certain(float upper_end) const {

@@ -197,12 +197,14 @@ class CupyBackend(RowKernels, WideLook):
         self, x: torch.Tensor, norms: torch.Tensor, operand: Looks, labels: torch.Tensor, lists: _Lists
     ) -> None:
         """The first look: product and argmin in one kernel."""
-        r, k, _ = operand.centroids.shape
-        tile, (_, padded, width) = operand.tile, operand.padded.shape
+        r, k, d = operand.centroids.shape
+        tile, n, device = operand.tile, x.shape[0], x.device
+        rest = (tile.stages,) if tile.stages else (tile.padded(k) // tile.columns, None)
         self.launch(
-            x.device, "assign.cu", (*self._options(x), *tile.options), "assign", (_blocks(x.shape[0], tile.rows), 1),
-            tile.threads, tile.shared_bytes(width), *_rows(x), operand.shift, operand.scale, norms, operand.padded,
-            width, operand.terms, operand.reach, k, r, labels, labels.stride(0), *lists, padded // tile.columns, None,
+            device, tile.file, (*self._options(x), *tile.options), "assign",
+            (tile.blocks(n, self.launch.multiprocessors(device)), 1), tile.threads, tile.shared_bytes(d), *_rows(x),
+            operand.shift, operand.scale, norms, operand.padded, tile.width(d), operand.terms, operand.reach, k, r,
+            labels, labels.stride(0), *lists, *rest,
         )  # fmt: skip
 
     def _stream(
@@ -236,7 +238,8 @@ class CupyBackend(RowKernels, WideLook):
             )  # fmt: skip
 
     def _tile(self, k: int, d: int, device: torch.device) -> Tile:
-        return Tile.of(k, d, self.launch.shared_memory_bytes(device), self.launch.multiprocessors(device))
+        launch = self.launch
+        return Tile.of(k, d, launch.shared_memory_bytes(device), launch.multiprocessors(device), launch.hopper(device))
 
 
 @cache

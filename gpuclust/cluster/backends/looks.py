@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from gpuclust.cluster.backends.base import Operand
-from gpuclust.cluster.backends.cupy_wide import DEPTH
 from gpuclust.cluster.backends.split import Split
-from gpuclust.cluster.backends.tile import Tile, blocks, up
+from gpuclust.cluster.backends.tile import Tile, blocks
 from gpuclust.cluster.exact import FLOAT16, SPLIT, Bound, Frame
 
 # Threads that go across the features of a centroid, of many and of few.
@@ -25,15 +24,17 @@ class Looks(Operand):
 
     Attributes
     ----------
-    padded : float16 (r, k', w)
-        -2 (c - m) s, rounded, with zeros up to whole tiles of centroids and of features; (r, k, w) where torch
-        multiplies.
+    padded : float16 (r, k', w), or (r, t, p, c, 64)
+        -2 (c - m) s, rounded, with zeros up to whole tiles of centroids and of features; (r, k, w) where the tile has
+        no rows. For ``assign_hopper.cu`` t tiles of c centroids, each in p pieces of 64 features, as they will lie in
+        shared memory (``place`` of prepare.cu).
     terms : float32 (r, k', 2)
-        Bias less ``margin``, and ``slope`` (`gpuclust.cluster.exact`); of what is no centroid infinity and 0.
+        Bias less ``margin``, and ``slope`` (`gpuclust.cluster.exact`); of what is no centroid infinity (the largest
+        number for ``assign_hopper.cu``) and 0.
     reach : float32 (r, k')
         Twice the ``margin``.
     tile : Tile
-        How ``assign.cu`` sees them.
+        How the first look's kernel sees them.
     finer : Split
         For the rows that float16 leaves open.
     """
@@ -45,18 +46,14 @@ class Looks(Operand):
     finer: Split
 
     @classmethod
-    def of(
-        cls, launch: Any, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype, tile: Tile, swizzled: int = 0
-    ) -> Looks:
-        """The centroids (r, k, d) for rows of ``dtype``; with ``padded`` in tiles of so many ``swizzled`` centroids."""
+    def of(cls, launch: Any, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype, tile: Tile) -> Looks:
+        """The centroids (r, k, d) for rows of ``dtype``."""
         centroids = centroids.contiguous()
         (r, k, d), device = centroids.shape, centroids.device
-        if swizzled:
-            columns, width = up(k, swizzled), up(d, DEPTH)
-        else:
-            columns, width = (up(k, tile.columns), tile.width(d)) if tile.rows else (k, up(d, DEPTH))
+        columns, width = tile.padded(k), tile.width(d)
         bound, fine = frame.bound(dtype, FLOAT16), frame.bound(dtype, SPLIT)
-        padded = torch.empty(r, columns, width, dtype=torch.float16, device=device)
+        shape = (columns // tile.columns, width // 64, tile.columns, 64) if tile.stages else (columns, width)
+        padded = torch.empty(r, *shape, dtype=torch.float16, device=device)
         terms = torch.empty(r, columns, 2, dtype=torch.float32, device=device)
         reach = torch.empty(r, columns, dtype=torch.float32, device=device)
         bias = torch.empty(r, k, dtype=torch.float64, device=device)
@@ -66,7 +63,7 @@ class Looks(Operand):
         options = (
             f"-DROW={WIDE[centroids.dtype]}",
             f"-DTHREADS={threads}",
-            *([f"-DSWIZZLED_COLUMNS={swizzled}"] if swizzled else []),
+            *([f"-DSWIZZLED_COLUMNS={tile.columns}"] if tile.stages else []),
         )
         launch(
             device, "prepare.cu", options, "prepare", (max(columns, fine_columns), r), threads, 0,

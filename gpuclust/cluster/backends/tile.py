@@ -1,13 +1,15 @@
-"""The tiles that ``kernels/cuda/assign.cu`` cuts a product of rows and centroids into, and which shapes it takes."""
+"""The tiles that ``kernels/cuda/assign.cu`` and ``assign_hopper.cu`` cut a product of rows and centroids into, and the
+shapes that they take."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpuclust.cluster.backends.base import SLICE
 
-# As in the kernel's file.
+# As in the kernels' files: of assign.cu, and of assign_hopper.cu (its pieces are those of product.cu, too).
 DEPTH, STAGES = 32, 4
+_PIECE, _GROUP_ROWS, _MOST_STAGES = 64, 64, 16
 # Bytes of float16 rows that stay in a GPU's second-level cache, with room for the centroids that pass by them.
 _SEEN_BYTES = 24 << 20
 # The widest rows that are streamed: so many of them are in that cache (3072) that reading the centroids once for each
@@ -21,7 +23,7 @@ _STATIC_BYTES = 8 << 10
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block of ``assign.cu`` multiplies at a time.
+    """What a block of ``assign.cu``, or of ``assign_hopper.cu``, multiplies at a time.
 
     Attributes
     ----------
@@ -32,20 +34,31 @@ class Tile:
     streamed : bool
         Whether the rows, converted beforehand, go through the ring of shared memory beside the centroids; else they lie
         in shared memory with all their features.
+    stages : int
+        Pieces of the ring of ``assign_hopper.cu``; 0 where it is ``assign.cu``.
     """
 
     columns: int
     rows: int
     streamed: bool = False
+    stages: int = 0
 
     @classmethod
-    def of(cls, k: int, d: int, shared_bytes: int, multiprocessors: int) -> Tile:
+    def of(cls, k: int, d: int, shared_bytes: int, multiprocessors: int, hopper: bool = False) -> Tile:
         """The tile for ``k`` centroids of width ``d``, on a device whose blocks can have so much shared memory.
 
         Streamed rows are taken only where a chunk of them has tiles for four fifths of the device: with fewer
         centroids the memory bounds the time, and a matrix product keeps all of the device busy.
         """
         columns = 32 if k <= 32 else 64 if k <= 64 else 128
+        if hopper and d <= SLICE:
+            # Warpgroups share each reading of the centroids; fewer where the ring would be too short to bring them.
+            for groups, least in ((4, 4), (3, 4), (2, 2), (1, 2)):
+                tile = cls(columns, groups * _GROUP_ROWS, stages=1)
+                left = shared_bytes - _STATIC_BYTES // 8 - tile.shared_bytes(d)
+                stages = min(_MOST_STAGES, 1 + left // tile._stage_bytes)
+                if stages >= least:
+                    return replace(tile, stages=stages)
         for rows in (128, 64):
             tile = cls(columns, rows)
             if d <= SLICE and tile.shared_bytes(d) <= shared_bytes - _STATIC_BYTES:
@@ -63,23 +76,51 @@ class Tile:
         return 2 if self.columns == 128 else 1
 
     @property
+    def groups(self) -> int:
+        """Warpgroups of ``assign_hopper.cu``, with 64 rows each; 0 where it is ``assign.cu``."""
+        return self.rows // _GROUP_ROWS if self.stages else 0
+
+    @property
+    def file(self) -> str:
+        return "assign_hopper.cu" if self.stages else "assign.cu"
+
+    @property
     def threads(self) -> int:
-        """Of a block; each warp has 32 rows, or 48 streamed ones."""
+        """Of a block; each warp of ``assign.cu`` has 32 rows, or 48 streamed ones."""
+        if self.stages:
+            return (self.groups + 1) * 128
         return self.rows // (48 if self.streamed else 32) * self.warps * 32
 
     @property
     def options(self) -> tuple[str, ...]:
         """For the compiler."""
+        if self.stages:
+            return f"-DCOLUMNS={self.columns}", f"-DGROUPS={self.groups}"
         tiles = self.columns // (8 * self.warps)
         streamed = ("-DSTREAMED_ROWS",) if self.streamed else ()
         return (*streamed, f"-DBLOCK_ROWS={self.rows}", f"-DWARPS={self.warps}", f"-DTILES={tiles}")
 
+    def blocks(self, n: int, multiprocessors: int) -> int:
+        """Of a grid for ``n`` rows; those of ``assign_hopper.cu`` stay, one on each multiprocessor."""
+        return min(blocks(n, _GROUP_ROWS), multiprocessors) if self.stages else blocks(n, self.rows)
+
+    def padded(self, k: int) -> int:
+        """Centroids, with others up to whole tiles; as they are where the tile has no rows."""
+        return up(k, self.columns) if self.rows else k
+
     def width(self, d: int) -> int:
-        """Features, with zeros up to whole pieces of the ring."""
-        return up(d, DEPTH)
+        """Features, with zeros up to whole pieces: of the ring, or of product.cu."""
+        return up(d, DEPTH if self.rows and not self.stages else _PIECE)
+
+    @property
+    def _stage_bytes(self) -> int:
+        """A piece of the ring of ``assign_hopper.cu``, and low and slope of its centroids."""
+        return self.columns * (2 * _PIECE + 8)
 
     def shared_bytes(self, d: int) -> int:
         """Shared memory of a block for rows of width ``d``."""
+        if self.stages:  # from the next multiple of 1024 on
+            return 1024 + 2 * self.rows * self.width(d) + self.stages * self._stage_bytes
         lines = self.columns + (self.rows if self.streamed else 0)
         resident = 0 if self.streamed else self.rows * (self.width(d) + 8)
         return 2 * (resident + STAGES * lines * (DEPTH + 8))
