@@ -45,6 +45,10 @@ def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
+# Processes side by side (pytest -n) share the cores; torch reads this when it is first imported.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 # Triton reads this when it is first imported. Where there is no CUDA device its kernels run in its interpreter.
 if missing_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")

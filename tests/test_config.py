@@ -103,18 +103,21 @@ def test_the_command_of_a_run_asks_for_the_same_run() -> None:
 
 
 def test_the_environment_is_read_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DEVICE", "MEMORY_LIMIT", "CHUNK_BYTES", "CACHE"):
+    for name in ("DEVICE", "MEMORY_LIMIT", "CHUNK_BYTES", "CACHE", "HOPPER"):
         monkeypatch.delenv(f"GPUCLUST_{name}", raising=False)
-    assert vars(environment()) == {"device": None, "memory_limit": None, "chunk_bytes": None, "cache": None}
+    nothing = {"device": None, "memory_limit": None, "chunk_bytes": None, "cache": None, "hopper": False}
+    assert vars(environment()) == nothing
     monkeypatch.setenv("GPUCLUST_DEVICE", "cpu")
     monkeypatch.setenv("GPUCLUST_MEMORY_LIMIT", "3MiB")
     monkeypatch.setenv("GPUCLUST_CHUNK_BYTES", "64KiB")
     monkeypatch.setenv("GPUCLUST_CACHE", "/some/where")
+    monkeypatch.setenv("GPUCLUST_HOPPER", "1")
     assert vars(environment()) == {
         "device": "cpu",
         "memory_limit": 3 << 20,
         "chunk_bytes": 1 << 16,
         "cache": Path("/some/where"),
+        "hopper": True,
     }
     monkeypatch.setenv("GPUCLUST_MEMORY_LIMIT", "much")
     with pytest.raises(InputError, match="got 'much'"):

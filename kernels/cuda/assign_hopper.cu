@@ -23,6 +23,7 @@ constexpr int GROUP_ROWS = 64, DEPTH = 64, STEP = 16, MOST_STAGES = 16;
 constexpr int THREADS = (GROUPS + 1) * 128;
 constexpr int SCORES = COLUMNS / 4;                                // of a row and a thread
 constexpr int PIECE_BYTES = COLUMNS * DEPTH * 2, ROWS_BYTES = GROUP_ROWS * DEPTH * 2, TERM_BYTES = COLUMNS * 8;
+constexpr int LINE = 128 / (int)sizeof(ROW);                       // features of a line of the cache
 constexpr int NUMBERS = 31;                                        // the bits that `pack` takes
 static_assert(SCORES <= NUMBERS + 1, "each score of a thread has its number");
 
@@ -158,12 +159,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) assign(
   const Rows x = {first, n, d, row_stride, column_stride};
   const Frame frame = {shift, (Wide)scale};
   const bool aligned = x.aligned();
-  const int eighths = (int)width / 8;
+  const int eighths = (int)width / 8, lines = (int)((d + LINE - 1) / LINE);
   char* own = held + group * pieces * ROWS_BYTES;
   const Operand rows = operand_at(own);
 
-  const auto pass_by = [&](int count) {
-    for (int i = 0; i < count * pieces; ++i, ring.next()) {
+  const auto pass_by = [&](int64 count) {
+    for (int64 i = 0; i < count * pieces; ++i, ring.next()) {
       ring.wait();
       ring.leave(ring.stage);
     }
@@ -185,6 +186,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) assign(
           seen_8(x, frame, group_row + row, part * 8, aligned);
     }
     publish();
+    // The next rows meanwhile, as far as the cache: then they are soon here.
+    const int64 next_row = group_row + at_once * GROUP_ROWS;
+    for (int i = thread % 128; aligned && i < GROUP_ROWS * lines; i += 128) {
+      if (next_row + i / lines < n) prefetch(x.at(next_row + i / lines, i % lines * LINE));
+    }
     warpgroup_meet(1 + group);
     const int64 row = group_row + thread % 128 / 32 * 16 + lane / 4;
     const float far[2] = {row < n ? norms[row] : 0.0f, row + 8 < n ? norms[row + 8] : 0.0f};

@@ -1,5 +1,5 @@
-// What the kernels need of the machine: the only file with PTX. Tests give a host version of the same names
-// (tests/on_host.hpp), so that every kernel runs without a GPU, too.
+// What the kernels need of the machine: but for device_hopper.cuh the only file with PTX. Tests give a host version of
+// the same names (tests/on_host.hpp), so that every kernel runs without a GPU, too.
 //
 // The kernels are compiled for one type of rows: -DROW=Float16, BFloat16, float or double.
 #pragma once

@@ -55,6 +55,11 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsi
                : "memory");
 }
 
+// The line of memory around an address to the second-level cache, some time.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // What this thread wrote to shared memory is there for products of warpgroups and for copies, too.
 __device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
