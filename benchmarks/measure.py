@@ -1,6 +1,6 @@
 """Rows of the shapes of `shapes.py`, each shape in a process of its own: a crash costs the rows of one.
 
-    PYTHONPATH=. python benchmarks/measure.py --rows FILE [--device cuda] [--seconds 200] [--peers all] [--small]
+    PYTHONPATH=. python benchmarks/measure.py --rows FILE [--device cuda] [--seconds 200] [--peers all] [--ours all]
 
 On a GPU the next process imports what it needs while one measures. What does not fit the seconds is named, a shape's
 operation too. Exit code 1 if it was not all measured, a label of gpuclust's was wrong, or a backend failed.
@@ -32,6 +32,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--seconds", type=float, default=200.0)
     parser.add_argument("--peers", default="all")
+    parser.add_argument("--ours", default="all", metavar="A,B", help="only these of gpuclust's backends")
     parser.add_argument("--small", action="store_true", help="small shapes, for a test of this command")
     parser.add_argument("--only", type=int, help="the shape of this number, in this process")
     parser.add_argument("--wait", action="store_true", help="with --only: the seconds come in a line of standard input")
@@ -42,7 +43,17 @@ def main(words: list[str] | None = None) -> int:
     shapes = SMALL if given.small else BY_DEVICE[given.device]
     if given.only is not None:
         return measure(shapes[given.only], given, deadline_s)
-    command = [sys.executable, __file__, "--wait", "--rows", str(given.rows), "--peers", given.peers]
+    command = [
+        sys.executable,
+        __file__,
+        "--wait",
+        "--rows",
+        str(given.rows),
+        "--peers",
+        given.peers,
+        "--ours",
+        given.ours,
+    ]
     command += ["--device", given.device] + ["--small"] * given.small
     started: dict[int, subprocess.Popen[str]] = {}
 
@@ -104,7 +115,8 @@ def measure(shape: Shape, given: argparse.Namespace, deadline_s: float) -> int:
             with suppress(Exception):  # the row of who does not import says why
                 importlib.import_module(peer.module or "gpuclust")
         deadline_s = monotonic() + float(sys.stdin.readline() or 0)
-    peers = [*our_backends(device), *others]
+    ours = [peer for peer in our_backends(device) if given.ours == "all" or peer.backend in given.ours.split(",")]
+    peers = [*ours, *others]
     ceilings = ceilings_of(device)
     print(f"{shape.name}: {shape.source}\nceilings: {ceilings}", flush=True)
     rows: list[dict[str, Any]] = []

@@ -114,7 +114,7 @@ def test_shares_are_all_tests_and_each_once():
 
 def test_limits_leave_every_part_its_time(prove, tmp_path):
     parts = list(prove.parts(tmp_path, "cuda"))
-    assert [part.name for part in parts] == ["gpu-tests", "kernels", "rows", "demo", "benchmarks"]
+    assert [part.name for part in parts] == ["gpu-tests", "kernels", "rows", "hopper", "demo", "benchmarks"]
     assert sum(part.limit_s for part in parts) <= 520
     (rows,) = (part for part in parts if part.name == "rows")
     after = parts[parts.index(rows) + 1 :]

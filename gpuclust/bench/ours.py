@@ -19,6 +19,7 @@ from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
 from gpuclust.cluster.seeding.scalable import choose_scalable
 from gpuclust.cluster.solver import plan
 from gpuclust.cluster.sources.base import TensorSource, chunk_rows
+from gpuclust.config import environment
 from gpuclust.errors import InputError, first_line
 
 # Whole fits of another library, outside the promise of exact labels.
@@ -40,6 +41,8 @@ class Ours(Peer):
         self.ops = ("iteration", "fit") if solver == "dual" else ("assign", "fit") if x_at == "host" else OPS
         self.ops = ("seed",) if scalable else self.ops
         self.note = "rows in pageable memory of the host" if x_at == "host" else ""
+        if backend == "cupy" and environment().hopper:
+            self.note = f"{self.note}; GPUCLUST_HOPPER=1".lstrip("; ")
         self._device: torch.device | None = None
 
     def version(self) -> str:
