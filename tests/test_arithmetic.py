@@ -326,7 +326,9 @@ def some_rows(x: Any, k: int, random_state: np.random.RandomState) -> Any:
         {"verbose": 1},
         pytest.param({"backend": "triton"}, marks=pytest.mark.interpreter),
     ],
-    ids=lambda parameters: " ".join(f"{name} {value}" for name, value in parameters.items())[:40],
+    ids=lambda parameters: " ".join(
+        f"{name} {getattr(value, '__name__', value)}" for name, value in parameters.items()
+    ),
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_the_default_device_does_not_reach_a_fit_of_any_sort(parameters: dict[str, Any], dtype: torch.dtype) -> None:
