@@ -8,12 +8,13 @@
 // apart as the ring is long: one multiplies while another compares or reads its next rows. The centroids go round and
 // round, and each warpgroup begins at another place, so that they do not all need new rows at once.
 //
-// Comparing costs more than multiplying unless d is large, so it takes few operations of a score. Its lower end less the
-// product is what the sum of products begins with. Then the lowest 5 bits give way to the number of the score among
-// those of the thread (`pack`), so that all differ and the least brings its number along. Of two passes over the scores
-// of a tile the first finds the least m; the second finds the greatest m - score below zero, as an integer: negative
-// numbers are in falling order as integers, and the zero of m itself is above them all. What `widen` (best.cuh) takes
-// from both ends covers the bits and these subtractions.
+// Comparing costs as much as multiplying unless d is large, so it takes few operations of a score. What the sum of
+// products begins with is the bias less the bound: the bound has g of the bias for that (exact.py), and g of the bound
+// itself, with g < 2^-11 for d <= 1024, is less than the 2^-10 that all bounds are raised by. Then the lowest 5 bits of
+// the sum, the lower end, give way to the number of the score among those of the thread, so that all differ and the
+// least brings its number along. Of two passes over the scores of a tile the first finds the least m; the second finds
+// the greatest m - score below zero, as an integer: as integers negative numbers are in falling order, and the zero of m
+// itself is above them all. `widen` (best.cuh) answers for the bits and for these subtractions.
 // -DCOLUMNS=32, 64 or 128; -DGROUPS=1 to 4.
 #include "best.cuh"
 #include "device_hopper.cuh"
@@ -158,8 +159,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) assign(
 
   const Rows x = {first, n, d, row_stride, column_stride};
   const Frame frame = {shift, (Wide)scale};
-  const bool aligned = x.aligned();
-  const int eighths = (int)width / 8, lines = (int)((d + LINE - 1) / LINE);
+  const bool aligned = x.aligned(), whole = aligned && d % 8 == 0 && shift;
+  const int part = thread % 8, line = thread % 128 / 8, lines = (int)((d + LINE - 1) / LINE);
   char* own = held + group * pieces * ROWS_BYTES;
   const Operand rows = operand_at(own);
 
@@ -179,11 +180,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) assign(
       continue;
     }
     warpgroup_meet(1 + group);  // no product reads the rows of before
-#pragma unroll 4
-    for (int i = thread % 128; i < GROUP_ROWS * eighths; i += 128) {
-      const int row = i / eighths, part = i % eighths;
-      *reinterpret_cast<uint4*>(own + part / 8 * ROWS_BYTES + row * 128 + (part % 8 ^ row % 8) * 16) =
-          seen_8(x, frame, group_row + row, part * 8, aligned);
+#pragma unroll 1
+    for (int piece = 0; piece < pieces; ++piece) {
+      const int column = piece * DEPTH + part * 8;
+      uint4* to = reinterpret_cast<uint4*>(own + piece * ROWS_BYTES + line * 128 + (part ^ line % 8) * 16);
+      if (whole && group_row + GROUP_ROWS <= n && column < d) {
+        // All reads before the first use: nothing else of this warpgroup hides how long they take.
+        Eight<ROW> stored[4];
+        Eight<Wide> moved;
+        const ROW* from = x.at(group_row + line, column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) stored[i].read(from + 16 * i * row_stride);
+        moved.read(shift + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[128 * i] = seen_8(stored[i], moved, frame.scale);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < 4; ++i) to[128 * i] = seen_8(x, frame, group_row + line + 16 * i, column, aligned);
+      }
     }
     publish();
     // The next rows meanwhile, as far as the cache: then they are soon here.

@@ -37,21 +37,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) product(
   const bool whole = x.aligned() && d % 8 == 0;
   const int left = (int)(n - block_row < ROWS ? n - block_row : ROWS) - line;  // lines from its first on
   const ROW* source = x.at(block_row + line, begin + part);
-  union {
-    ROW values[8];
-    uint4 words[sizeof(ROW) / 2];
-  } ahead[READS];
+  Eight<ROW> ahead[READS];
 
   auto read = [&](int piece) {
     if (!whole || begin + piece * DEPTH + part >= d) return;
     const ROW* from = source + piece * DEPTH;
 #pragma unroll
     for (int i = 0; i < READS; ++i) {
-      if (i * LINES < left) {
-        const uint4* words = reinterpret_cast<const uint4*>(from + i * LINES * row_stride);
-#pragma unroll
-        for (int j = 0; j < (int)sizeof(ROW) / 2; ++j) ahead[i].words[j] = words[j];
-      }
+      if (i * LINES < left) ahead[i].read(from + i * LINES * row_stride);
     }
   };
   // Beyond the last centroid another one: nobody looks at its products.

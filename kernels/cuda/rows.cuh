@@ -46,17 +46,24 @@ union Packed {
   uint4 words;
 };
 
+// Eight features, 16 bytes at a time.
+template <class T>
+union Eight {
+  T values[8];
+  uint4 words[sizeof(T) / 2];
+
+  __device__ __forceinline__ void read(const T* from) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+};
+
 // Features column to column + 7 of a row as a pass sees them; zero beyond the last row and feature.
 __device__ __forceinline__ void see_8(
     float (&out)[8], const Rows& x, const Frame& frame, int64 row, int64 column, bool aligned) {
   if (row < x.n && aligned && column + 8 <= x.d) {
-    union {
-      ROW values[8];
-      uint4 words[sizeof(ROW) / 2];
-    } in;
-    const uint4* source = reinterpret_cast<const uint4*>(x.at(row, column));
-#pragma unroll
-    for (int i = 0; i < (int)sizeof(ROW) / 2; ++i) in.words[i] = source[i];
+    Eight<ROW> in;
+    in.read(x.at(row, column));
 #pragma unroll
     for (int i = 0; i < 8; ++i) out[i] = frame.seen(in.values[i], column + i);
   } else {
@@ -75,6 +82,16 @@ __device__ __forceinline__ uint4 seen_8(const Rows& x, const Frame& frame, int64
   Packed out;
 #pragma unroll
   for (int i = 0; i < 8; ++i) out.halves[i] = to_float16(values[i]);
+  return out.words;
+}
+
+// The same of features that were read before, with those of the shift.
+__device__ __forceinline__ uint4 seen_8(const Eight<ROW>& stored, const Eight<Wide>& shift, Wide scale) {
+  Packed out;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    out.halves[i] = to_float16((float)(Pass<ROW>::of(stored.values[i]) * scale - shift.values[i]));
+  }
   return out.words;
 }
 
