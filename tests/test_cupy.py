@@ -91,9 +91,9 @@ ON_HOPPER = [
     # n, d, k, r, kind, dtype, multiprocessors: blocks, so warpgroups have none, one or more turns at rows
     (1, 1, 1, 1, "noise", torch.float32, 3),
     (300, 3, 5, 1, "noise", torch.float32, 1),
-    (450, 16, 40, 5, "duplicates", torch.float64, 1),
+    (450, 16, 40, 5, "duplicates", torch.float32, 1),
     (129, 64, 64, 2, "near ties", torch.float32, 2),
-    (300, 100, 130, 1, "blobs", torch.float16, 1),
+    (300, 100, 130, 1, "blobs", torch.float32, 1),
     (130, 130, 300, 3, "duplicates", torch.float32, 1),
     (70, 350, 40, 1, "relu", torch.bfloat16, 1),
     (66, 513, 300, 1, "blobs", torch.float32, 1),
