@@ -170,7 +170,7 @@ def test_centroids_out_of_all_proportion_certify_nothing_wrong(device: torch.dev
 
 
 @pytest.mark.compiler
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     d=st.sampled_from([1, 3, 37, 200, 1030]),
     dtype=st.sampled_from(DTYPES),

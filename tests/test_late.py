@@ -72,8 +72,9 @@ def watched(lloyd: Lloyd, starts: torch.Tensor, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("d", [6, 1030])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "d"), [(torch.float32, 6), (torch.float16, 6), (torch.float64, 6), (torch.float32, 1030)], ids=str
+)
 def test_an_iteration_waits_for_nothing(
     dtype: torch.dtype, d: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

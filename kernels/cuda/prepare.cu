@@ -15,11 +15,13 @@ constexpr double INFLATE = 1 + 1.0 / 1024;  // as in exact.py
 constexpr float LARGEST = 3.402823466e38f;
 
 // The lower end of what is no centroid: a number where assign_hopper.cu puts bits into it, which would make infinity none.
+__device__ __forceinline__ float never() {
 #ifdef SWIZZLED_COLUMNS
-constexpr float NEVER = LARGEST;
+  return LARGEST;
 #else
-constexpr float NEVER = __builtin_huge_valf();
+  return __int_as_float(0x7f800000);  // infinity
 #endif
+}
 
 // Where the value of a centroid and a feature is in `padded`, of `width` features.
 __device__ __forceinline__ int64 place(int64 centroid, int64 feature, int64 width) {
@@ -47,7 +49,7 @@ struct Bound {
       terms[1] = length < longest ? (float)((slope * length + least_slope) * INFLATE) : __int_as_float(0x7fc00000);
       *reach = high - low;
     } else {
-      terms[0] = NEVER;
+      terms[0] = never();
       terms[1] = *reach = 0.0f;
     }
   }
