@@ -37,7 +37,7 @@ from gpuclust.cluster.predict import nearest
 from gpuclust.cluster.sources.base import TensorSource
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("d", "width"), [(36, 48), (300, 304), (37, 41), (2090, 2096)])
 def test_the_first_look_leaves_open_what_its_bound_says_and_reads_nothing_beside_the_rows(
     d: int, width: int, dtype: torch.dtype, device: torch.device, make: Make
