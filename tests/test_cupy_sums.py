@@ -30,7 +30,7 @@ def test_sums_and_counts_have_the_bits_of_the_torch_backend(
     make: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cupy_backend, "_MOST_SPANS", 1 if weighted else 65535)
+    monkeypatch.setattr(cupy_backend, "MOST_PARTS", 1 if weighted else 65535)
     random = torch.Generator().manual_seed(n)
     x = rows("relu", n, d, dtype).to(device)[:, ::1]
     weights = torch.rand(n, generator=random, dtype=torch.float64).to(device) if weighted else None

@@ -4,7 +4,7 @@
 // The tile: a block stays on its multiprocessor. Each of GROUPS warpgroups takes 64 rows at a time, rounded to float16 on
 // their way into shared memory, and keeps them there while the centroids of all restarts go past it, COLUMNS at a time
 // in pieces of 64 features. One more warp brings the pieces, in a ring that all warpgroups read: the centroids lie in
-// memory as they will in shared memory (tile.py), so a piece is one copy in bulk. Warpgroups go on independently, as far
+// memory as they will in shared memory (prepare.cu), so a piece is one copy in bulk. Warpgroups go on independently, as far
 // apart as the ring is long: one multiplies while another compares or reads its next rows. The centroids go round and
 // round, and each warpgroup begins at another place, so that they do not all need new rows at once.
 //

@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) product(
   Float16* lines = reinterpret_cast<Float16*>(shared);  // two pieces: ROWS lines of rows, then COLUMNS of centroids
   // A thread reads the same eighth of READS lines.
   const int line = thread / EIGHTHS, part = thread % EIGHTHS * 8;
-  const bool whole = x.aligned() && d % 8 == 0;
+  const bool whole = x.aligned() && d % 8 == 0 && shift;
   const int left = (int)(n - block_row < ROWS ? n - block_row : ROWS) - line;  // lines from its first on
   const ROW* source = x.at(block_row + line, begin + part);
   Eight<ROW> ahead[READS];
@@ -71,13 +71,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) product(
       }
       return;
     }
+    Eight<Wide> moved;
+    if (column < d) moved.read(shift + column);
 #pragma unroll
     for (int i = 0; i < READS; ++i) {
       const bool there = i * LINES < left && column < d;
-      Packed out;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) out.halves[j] = to_float16(there ? frame.seen(ahead[i].values[j], column + j) : 0.0f);
-      *reinterpret_cast<uint4*>(to + i * LINES * PITCH) = out.words;
+      *reinterpret_cast<uint4*>(to + i * LINES * PITCH) = there ? seen_8(ahead[i], moved, frame.scale) : uint4{0, 0, 0, 0};
     }
   };
 

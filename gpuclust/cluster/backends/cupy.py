@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from gpuclust.cluster.backends.base import Operand, Problem
-from gpuclust.cluster.backends.cupy_rows import MOST_SPANS as _MOST_SPANS
 from gpuclust.cluster.backends.cupy_rows import RowKernels
 from gpuclust.cluster.backends.cupy_rows import strided as _rows
 from gpuclust.cluster.backends.cupy_wide import WideLook
 from gpuclust.cluster.backends.looks import WIDE, Looks
-from gpuclust.cluster.backends.tile import Tile
+from gpuclust.cluster.backends.tile import MOST_PARTS, Tile
 from gpuclust.cluster.backends.tile import blocks as _blocks
 from gpuclust.cluster.backends.tile import up as _up
 from gpuclust.cluster.exact import Frame
@@ -153,7 +152,7 @@ class CupyBackend(RowKernels, WideLook):
         magic = grid.constants
         shared_bytes = levels * k * _OWNERS * 8
         if minus is None and shared_bytes <= _SUMS_BYTES:
-            spans = min(_blocks(d, _OWNERS), _MOST_SPANS)
+            spans = min(_blocks(d, _OWNERS), MOST_PARTS)
             rows = max(_ROWS_ACCUMULATED, _blocks(n, _blocks(8 * self.launch.blocks(device), spans)))
             for restart in range(r):
                 self.launch(
@@ -161,7 +160,7 @@ class CupyBackend(RowKernels, WideLook):
                     *_rows(x), weights, magic, levels, plus[restart], k, rows, sums[:, restart], sums.stride(0),
                 )  # fmt: skip
             return
-        blocks = _blocks(n, _ROWS_ACCUMULATED), min(_blocks(d, _THREADS), _MOST_SPANS)
+        blocks = _blocks(n, _ROWS_ACCUMULATED), min(_blocks(d, _THREADS), MOST_PARTS)
         self.launch(
             device, "accumulate.cu", options, "accumulate", blocks, _THREADS, 0,
             *_rows(x), weights, magic, levels, *labels, k, r, sums, sums.stride(0), sums.stride(1),

@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
-from gpuclust.cluster.backends.tile import blocks
+from gpuclust.cluster.backends.tile import MOST_PARTS, blocks
 from gpuclust.cluster.sums import Grid
 
 _ROW = {torch.float16: "Float16", torch.bfloat16: "BFloat16", torch.float32: "float", torch.float64: "double"}
-# Blocks side by side over the features, at most (the second dimension of a grid).
-MOST_SPANS = 65535
 _THREADS = 256
 # Wider rows are summed by a block each, others by a warp; as in the kernel.
 _NARROW = 4096
@@ -26,7 +24,7 @@ class RowKernels:
         n, d = x.shape
         double = x.dtype == torch.float64
         bits = torch.zeros(d, dtype=torch.int64 if double else torch.int32, device=x.device)
-        spans = min(blocks(d, _THREADS), MOST_SPANS)
+        spans = min(blocks(d, _THREADS), MOST_PARTS)
         rows = max(16, blocks(n, max(1, 8 * self.launch.blocks(x.device) // spans)))
         self.launch(
             x.device,

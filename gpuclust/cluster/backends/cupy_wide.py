@@ -8,17 +8,15 @@ import torch
 
 from gpuclust.cluster.backends.base import SLICE
 from gpuclust.cluster.backends.cupy_rows import strided
-from gpuclust.cluster.backends.tile import blocks
+from gpuclust.cluster.backends.tile import MOST_PARTS, PIECE, blocks
 
-# As in product.cu: features of a piece, rows of a block.
-DEPTH, _ROWS = 64, 128
+# As in product.cu: rows of a block.
+_ROWS = 128
 _THREADS, _WARPS = 256, 8
 # Bytes of products that stay in the cache until `select` has seen them.
 _PRODUCT_BYTES = 24 << 20
 # Centroids of all restarts for which reading the rows, twice at most, is what takes the time.
 _FEW = 256
-# The second dimension of a grid, at most.
-_MOST_PARTS = 65535
 
 
 class WideLook:
@@ -40,7 +38,7 @@ class WideLook:
         n, device = x.shape[0], x.device
         matrix = operand.padded.view(r * k, -1)
         slices = blocks(matrix.shape[1], SLICE)
-        few = r * k <= _FEW and slices * blocks(r * k, _tile_columns(r * k)) <= _MOST_PARTS
+        few = r * k <= _FEW and slices * blocks(r * k, _tile_columns(r * k)) <= MOST_PARTS
         multiply, parts = (self._few, slices) if few else (self._many, 1)
         size = max(1, _PRODUCT_BYTES // (4 * r * k * parts * _ROWS)) * _ROWS
         for first in range(0, n, size):
@@ -60,7 +58,7 @@ class WideLook:
         products = torch.empty(slices, x.shape[0], columns, dtype=torch.float32, device=x.device)
         self.launch(
             x.device, "product.cu", (*self._options(x), f"-DCOLUMNS={tile}"), "product",
-            (blocks(x.shape[0], _ROWS), slices * tiles), 256 if tile < 64 else 512, 4 * (_ROWS + tile) * (DEPTH + 8),
+            (blocks(x.shape[0], _ROWS), slices * tiles), 256 if tile < 64 else 512, 4 * (_ROWS + tile) * (PIECE + 8),
             *strided(x), operand.shift, operand.scale, matrix, width, columns, tiles, products,
         )  # fmt: skip
         return products

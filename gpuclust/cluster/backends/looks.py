@@ -9,7 +9,7 @@ import torch
 
 from gpuclust.cluster.backends.base import Operand
 from gpuclust.cluster.backends.split import Split
-from gpuclust.cluster.backends.tile import Tile, blocks
+from gpuclust.cluster.backends.tile import PIECE, Tile, blocks
 from gpuclust.cluster.exact import FLOAT16, SPLIT, Bound, Frame
 
 # Threads that go across the features of a centroid, of many and of few.
@@ -52,7 +52,7 @@ class Looks(Operand):
         (r, k, d), device = centroids.shape, centroids.device
         columns, width = tile.padded(k), tile.width(d)
         bound, fine = frame.bound(dtype, FLOAT16), frame.bound(dtype, SPLIT)
-        shape = (columns // tile.columns, width // 64, tile.columns, 64) if tile.stages else (columns, width)
+        shape = (columns // tile.columns, width // PIECE, tile.columns, PIECE) if tile.stages else (columns, width)
         padded = torch.empty(r, *shape, dtype=torch.float16, device=device)
         terms = torch.empty(r, columns, 2, dtype=torch.float32, device=device)
         reach = torch.empty(r, columns, dtype=torch.float32, device=device)

@@ -9,14 +9,14 @@ from gpuclust.cluster.backends.base import SLICE
 
 # As in the kernels' files: of assign.cu, and of assign_hopper.cu (its pieces are those of product.cu, too).
 DEPTH, STAGES = 32, 4
-_PIECE, _GROUP_ROWS, _MOST_STAGES = 64, 64, 16
+PIECE, _GROUP_ROWS, _MOST_STAGES = 64, 64, 16
 # Bytes of float16 rows that stay in a GPU's second-level cache, with room for the centroids that pass by them.
 _SEEN_BYTES = 24 << 20
 # The widest rows that are streamed: so many of them are in that cache (3072) that reading the centroids once for each
 # such chunk, from the device's memory, is a twentieth of the time of their products.
 _WIDEST = 4096
-# Spans of all restarts: the second dimension of a grid, at most.
-_MOST_PARTS = 65535
+# The second dimension of a grid, at most.
+MOST_PARTS = 65535
 # Static shared memory of a block, at most.
 _STATIC_BYTES = 8 << 10
 
@@ -110,12 +110,12 @@ class Tile:
 
     def width(self, d: int) -> int:
         """Features, with zeros up to whole pieces: of the ring, or of product.cu."""
-        return up(d, DEPTH if self.rows and not self.stages else _PIECE)
+        return up(d, DEPTH if self.rows and not self.stages else PIECE)
 
     @property
     def _stage_bytes(self) -> int:
         """A piece of the ring of ``assign_hopper.cu``, and low and slope of its centroids."""
-        return self.columns * (2 * _PIECE + 8)
+        return self.columns * (2 * PIECE + 8)
 
     def shared_bytes(self, d: int) -> int:
         """Shared memory of a block for rows of width ``d``."""
@@ -139,7 +139,7 @@ class Tile:
         def time(span: int) -> float:
             return blocks(at_once * blocks(column_tiles, span), multiprocessors) * (span + 0.1)
 
-        most = min(column_tiles, 64, max(1, _MOST_PARTS // r))
+        most = min(column_tiles, 64, max(1, MOST_PARTS // r))
         return min(sorted({blocks(column_tiles, spans) for spans in range(1, most + 1)}), key=time)
 
 
