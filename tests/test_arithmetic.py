@@ -19,6 +19,7 @@ from cases_rows import tight
 
 from gpuclust import KMeans
 from gpuclust.arithmetic import full_precision, subnormals
+from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.backends.probe import differs
 from gpuclust.cluster.backends.torch import TorchBackend
 
@@ -344,4 +345,4 @@ def test_the_default_device_does_not_reach_a_fit_in_few_dimensions() -> None:
 
 def test_the_default_device_does_not_reach_the_check_of_a_backend() -> None:
     with torch.device("meta"):
-        assert differs(TorchBackend(), CPU) is None
+        assert differs(TorchBackend(), Problem(10, 3, 2, torch.float32, CPU)) is None

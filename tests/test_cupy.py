@@ -347,13 +347,36 @@ def test_what_it_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.supports(problem("cpu")) == "its kernels run on CUDA devices; X is on cpu"
 
 
-def test_auto_leaves_it_until_a_row_shows_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
+class Lame:
+    """A launcher that leaves out one kernel."""
+
+    def __init__(self, launcher: Any, kernel: str) -> None:
+        self.launcher, self.kernel = launcher, kernel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.launcher, name)
+
+    def __call__(self, device: torch.device, file: str, options: Any, kernel: str, *rest: Any) -> None:
+        if kernel != self.kernel:
+            self.launcher(device, file, options, kernel, *rest)
+
+
+def test_auto_takes_it_where_its_results_are_torchs(
+    device: torch.device, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends = {"cupy": make(), "torch": TorchBackend()}
+    monkeypatch.setattr("gpuclust.cluster.backends._backends", lambda: backends)
+    monkeypatch.setattr("gpuclust.cluster.backends.ORDER", tuple(backends))
     monkeypatch.setattr(CupyBackend, "unavailable", lambda _: None)
     monkeypatch.setattr(CupyBackend, "supports", lambda *_: None)
-    chosen, rejected = choose("auto", problem("cpu"))
-    assert chosen.name != "cupy"
-    assert rejected["cupy"] == "auto takes it once a committed GPU row shows its contract test passing"
-    assert choose("cupy", problem("cpu"))[0].name == "cupy"
+    chosen, rejected = choose("auto", problem(str(device)))
+    assert chosen.name == "cupy"
+    assert rejected == {"torch": "auto takes cupy before it"}
+    backends["cupy"] = CupyBackend(Lame(make().launch, "move"))
+    chosen, rejected = choose("auto", problem(str(device)))
+    assert chosen.name == "torch"
+    assert rejected == {"cupy": "its movements are not those of the torch backend on this device"}
+    assert choose("cupy", problem(str(device)))[0].name == "cupy"
 
 
 def test_asked_for_where_it_cannot_run_it_is_an_error() -> None:

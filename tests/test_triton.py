@@ -360,12 +360,12 @@ def test_compiled_kernels_are_for_cuda_of_capability_8(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    monkeypatch.setattr("gpuclust.cluster.backends.triton.differs", lambda backend, device: None)
+    monkeypatch.setattr("gpuclust.cluster.backends.triton.differs", lambda backend, problem: None)
     backend, rejected = choose("auto", problem("cuda"))
     assert backend.name == "triton"
     assert rejected.keys() == {"cupy", "torch", "cuml"}
     assert rejected["torch"] == "auto takes triton before it"
-    monkeypatch.setattr("gpuclust.cluster.backends.triton.differs", lambda backend, device: "its labels differ")
+    monkeypatch.setattr("gpuclust.cluster.backends.triton.differs", lambda backend, problem: "its labels differ")
     assert choose("auto", problem("cuda"))[1]["triton"] == "its labels differ"
     assert choose("triton", problem("cuda"))[0].name == "triton"
     assert choose("auto", problem("cpu"))[0].name == "torch"

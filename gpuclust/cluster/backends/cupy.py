@@ -20,6 +20,7 @@ from gpuclust.cluster.backends.cupy_rows import RowKernels
 from gpuclust.cluster.backends.cupy_rows import strided as _rows
 from gpuclust.cluster.backends.cupy_wide import WideLook
 from gpuclust.cluster.backends.looks import WIDE, Looks
+from gpuclust.cluster.backends.probe import differs
 from gpuclust.cluster.backends.tile import MOST_PARTS, Tile
 from gpuclust.cluster.backends.tile import blocks as _blocks
 from gpuclust.cluster.backends.tile import up as _up
@@ -38,7 +39,6 @@ _SUMS_BYTES = 80 << 10
 _RESIDENT = 8192
 # Terms of a fixed-tree sum of two levels before those that shared memory holds.
 _SHORT = 4096
-_UNPROVED = "auto takes it once a committed GPU row shows its contract test passing"
 _Lists = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
@@ -80,7 +80,7 @@ class CupyBackend(RowKernels, WideLook):
         return None
 
     def reserved(self, problem: Problem) -> str | None:
-        return _UNPROVED
+        return differs(self, problem)
 
     def chunk_rows(self, r: int, k: int, d: int, device: torch.device) -> int:
         """Rows of a chunk: no scores are stored, and the lists of open rows have 12 bytes for each."""

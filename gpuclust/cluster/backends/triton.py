@@ -102,7 +102,7 @@ class TritonBackend(Plain):
     def reserved(self, problem: Problem) -> str | None:
         if _interpreted():
             return "its interpreter is for tests: it runs when asked for by name"
-        return differs(self, problem.device)
+        return differs(self, problem)
 
     def chunk_rows(self, r: int, k: int, d: int, device: torch.device) -> int:
         """Rows of a chunk: no scores are stored, whatever the clusters."""
