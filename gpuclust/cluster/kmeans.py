@@ -82,7 +82,7 @@ class KMeans(Portable, ScikitLearn):
         What computes; the first three give the same labels. "torch": tensor operations on any device. "triton" and
         "cupy": kernels for NVIDIA GPUs of compute capability 8.0 and up. "cuml": the fit is that of RAPIDS' cuML, with
         its own convergence and rounding; labels are then not exact, and ``fit_report_.notes`` says what differs.
-        "auto": triton where it can run and its labels and sums are torch's on that device, else torch; never cuml.
+        "auto": cupy, or else triton, where it can run and its results are torch's there; else torch; never cuml.
         ``fit_report_.rejected`` has the reason for each that did not run.
     device : str, torch.device or None
         Where to compute: "cpu", "cuda", "cuda:INDEX", or "auto" for the CUDA device if there is one; None for where X
