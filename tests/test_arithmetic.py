@@ -343,6 +343,11 @@ def test_the_default_device_does_not_reach_a_fit_in_few_dimensions() -> None:
     same_under_another_device({"n_clusters": 10}, x)
 
 
+def test_the_default_device_does_not_reach_a_fit_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpuclust.cluster.gaps._LEAST_SCORES", 0)
+    same_under_another_device({"n_clusters": 5, "tol": 0}, rows("noise", 800, 3))
+
+
 def test_the_default_device_does_not_reach_the_check_of_a_backend() -> None:
     with torch.device("meta"):
         assert differs(TorchBackend(), Problem(10, 3, 2, torch.float32, CPU)) is None

@@ -18,6 +18,7 @@ import torch
 
 from gpuclust.cluster.backends.base import Backend, Rows
 from gpuclust.cluster.distributed import Block, Group
+from gpuclust.cluster.gaps import Gaps
 from gpuclust.cluster.late import Late
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.relief import Relief
@@ -206,7 +207,10 @@ class Lloyd:
         # T of `inertia`; here, since all processes add it up together.
         self.spread = moments.spread if weights is None else total(moments.dist2, weights.values, moments.block)
         self.work = Work()
-        self.sketches = Sketches(backend, source, moments, self.norms, spare_bytes)
+        known = backend, source, moments, self.norms, spare_bytes
+        sketches = Sketches(*known)
+        # What labels most rows without reading them.
+        self.shortcut = sketches if sketches.possible else Gaps(*known)
         # Where a pass waits for the device anyway, or reads a file, one that was not needed costs more than it gains.
         self.late = int(not backend.waits and source.resident)
 
@@ -219,7 +223,7 @@ class Lloyd:
         solutions: dict[int, Solution] = {}
         shifts: list[list[float]] = [[] for _ in front.restarts]
         reports: deque[Late] = deque()
-        self.sketches.restart()
+        self.shortcut.restart()
         first = True
         while front.restarts:
             reports.append(self._iterate(front, first, story))
@@ -283,6 +287,7 @@ class Lloyd:
                 shifts[restart].append(shift)
                 front.course.closing[i] = shift <= self.tol or passes >= self.max_iter
                 front.course.does[i] = MOVES
+        self.shortcut.keep(moving)
         return front.keep(moving)
 
     def _relieved(self, front: _Front, first: bool) -> torch.Tensor:
@@ -293,7 +298,7 @@ class Lloyd:
         def undo() -> None:
             nonlocal first
             self.work = Work(assigned, rechecked)
-            self.sketches.restart()  # its first passes read all rows
+            self.shortcut.restart()  # its first passes read all rows
             first = True
             front.sums.zero_()
             front.counts.zero_()
@@ -306,12 +311,12 @@ class Lloyd:
         labels, new = front.labels, torch.empty_like(front.labels)
         self.work.assigned += labels.numel()
         changed = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
-        sketched = self.sketches.assign(operand, new, self.precision)
-        rechecked = self.work.rechecked if sketched is None else self.work.rechecked + sketched
+        short = self.shortcut.assign(operand, new, self.precision)
+        rechecked = self.work.rechecked if short is None else self.work.rechecked + short
         for start, x in self.source.chunks(self.chunk_rows(len(labels))):
             part = slice(start, start + x.shape[0])
             old, found = labels[:, part], new[:, part]
-            if sketched is None:
+            if short is None:
                 rechecked = rechecked + self.backend.assign(x, self.norms[part], operand, found, self.precision)
             self.account(x, part, found, None if first else old, front.sums, front.counts, changed)
         front.labels, self.work.rechecked = new, rechecked

@@ -21,7 +21,6 @@ decomposition", Machine Learning 56, 2004, which clusters in the space of the le
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 
@@ -155,6 +154,9 @@ class Sketches:
         self.start, self.wait, self.passes = _FIRST, 4, 0
         self.lost = self.first = 0.0
 
+    def keep(self, places: list[int]) -> None:
+        """Go on with some of the restarts: a sketch is of the rows, not of restarts."""
+
     def assign(self, operand: Operand, labels: torch.Tensor, precision: str) -> int | None:
         """Label all rows in all restarts, ``labels`` (r, n), if a sketch pays: how many the reference distance decided,
         else None."""
@@ -200,16 +202,11 @@ class Sketches:
 
     def _read(self, open_rows: list[torch.Tensor], operand: Bounded, labels: torch.Tensor, precision: str) -> int:
         """Label the rows left open in each restart in a full pass: how many the reference distance decided."""
-        k, d = operand.centroids.shape[1:]
+        d = operand.centroids.shape[2]
         rechecked = 0
         size = max(_LEAST_READ, 16 * block_rows(d, labels.device))
         for i, rows in enumerate(open_rows):
-            part = slice(i * k, (i + 1) * k)
-            one = replace(
-                operand,
-                centroids=operand.centroids[i : i + 1],
-                **{name: getattr(operand, name)[part] for name in ("matrix", "high", "low", "slope")},
-            )
+            one = operand.alone(i)
             for some in rows.split(size) if len(rows) else ():
                 found = labels.new_empty(1, len(some))
                 x = self.source.take(some)

@@ -79,6 +79,17 @@ class Bounded(Operand):
     low: torch.Tensor
     slope: torch.Tensor
 
+    def alone(self, restart: int) -> Bounded:
+        """Of one restart."""
+        k = self.centroids.shape[1]
+        part = slice(restart * k, (restart + 1) * k)
+        return Bounded(
+            self.centroids[restart : restart + 1],
+            self.shift,
+            self.scale,
+            *(of_all[part] for of_all in (self.matrix, self.high, self.low, self.slope)),
+        )
+
 
 class Candidates(NamedTuple):
     """The centroids that a pass could not tell apart: parallel int64 tensors (p,), sorted by row, then restart.
