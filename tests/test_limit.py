@@ -31,6 +31,8 @@ CASES: dict[str, tuple[tuple[int, int, int, int], torch.dtype, dict[str, Any]]] 
     "many clusters": ((2000, 64, 1000, 2), torch.float32, {"init": "random"}),
     "many values of centroids": ((600, 2000, 200, 2), torch.float32, {"init": "random"}),
     "sketched": ((5000, 256, 10, 4), torch.float32, {}),
+    "gaps": ((220_000, 4, 5, 2), torch.float32, {"max_iter": 15}),
+    "gaps, half": ((40_000, 3, 30, 2), torch.float16, {"max_iter": 20}),
     "k-means||": ((5000, 64, 50, 2), torch.float32, {"init": "k-means||"}),
     "weights": ((60_000, 8, 5, 2), torch.float32, {"init": "random", "weighted": True}),
     "weights, double": ((5000, 64, 20, 2), torch.float64, {"weighted": True}),
