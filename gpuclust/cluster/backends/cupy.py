@@ -120,9 +120,9 @@ class CupyBackend(RowKernels, WideLook):
             *seen, fine.parts, fine.parts.shape[2], held, fine.terms, fine.reach, *found, counts[0], open_, *lists_left,
         )  # fmt: skip
         self.launch(
-            device, "decide.cu", (*options, *_tree(d)), "decide", grid, _THREADS, 4 * d if resident else 0,
-            *seen, fine.matrix, fine.terms, fine.terms.shape[1], operand.centroids, *found, *lists_left,
-            resident, decided,
+            device, "decide.cu", (*options, f"-DCENTRE={WIDE[operand.centroids.dtype]}", *_tree(d)), "decide", grid,
+            _THREADS, 4 * d if resident else 0, *seen, fine.matrix, fine.terms, fine.terms.shape[1], operand.centroids,
+            *found, *lists_left, resident, decided,
         )  # fmt: skip
         return decided
 

@@ -48,7 +48,8 @@ class Looks(Operand):
     @classmethod
     def of(cls, launch: Any, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype, tile: Tile) -> Looks:
         """The centroids (r, k, d) for rows of ``dtype``."""
-        centroids = centroids.contiguous()
+        # Of a fitted model they may be of another type than those of rows of ``dtype`` would be.
+        centroids = (centroids if centroids.dtype in WIDE else centroids.float()).contiguous()
         (r, k, d), device = centroids.shape, centroids.device
         columns, width = tile.padded(k), tile.width(d)
         bound, fine = frame.bound(dtype, FLOAT16), frame.bound(dtype, SPLIT)
