@@ -59,7 +59,7 @@ class Looks(Operand):
         reach = torch.empty(r, columns, dtype=torch.float32, device=device)
         bias = torch.empty(r, k, dtype=torch.float64, device=device)
         finer = Split.empty(fine, centroids)
-        fine_columns, pieces = finer.parts.shape[1:3]
+        fine_columns, pieces = finer.terms.shape[1], finer.parts.shape[2]
         threads = _THREADS[d > _MANY]
         options = (
             f"-DROW={WIDE[centroids.dtype]}",
