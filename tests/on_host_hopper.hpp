@@ -152,7 +152,7 @@ inline void copy_bulk(void* shared, const void* global, unsigned bytes, Gate* ga
   }
 }
 
-// Addresses beyond the rows would be seen.
+// An address that is no memory of this process would end it.
 inline void prefetch(const void* global) { *static_cast<volatile const char*>(global); }
 
 inline void publish() { std::memcpy(on_host::published.data(), on_host::dynamic.data(), on_host::published.size()); }

@@ -19,15 +19,16 @@ TILES = [Tile(columns, rows) for rows in (64, 128) for columns in (32, 64, 128)]
 STREAMED = [Tile(128, rows, streamed=True) for rows in (96, 192)]
 WARPGROUPS = [Tile(columns, 64 * groups, stages=4) for columns in (32, 64, 128) for groups in (1, 2, 3, 4)]
 CASES = [(file.name, (f"-DROW={row}",)) for file in sorted(cuda_folder().glob("*.cu")) for row in ROWS]
-APART = ("assign.cu", "assign_hopper.cu", "dist2.cu", "prepare.cu", "product.cu", "rescore.cu")
+APART = ("assign.cu", "assign_hopper.cu", "decide.cu", "dist2.cu", "prepare.cu", "product.cu", "rescore.cu")
 CASES = [case for case in CASES if case[0] not in APART]
 CASES += [("product.cu", (f"-DROW={row}", f"-DCOLUMNS={columns}")) for row in ROWS for columns in (16, 32, 64, 128)]
+CENTRES = {row: f"-DCENTRE={'double' if row == 'double' else 'float'}" for row in ROWS}
+CASES += [("dist2.cu", (f"-DROW={row}", f"-DGROUP={group}", CENTRES[row])) for row in ROWS for group in (32, 256)]
 CASES += [
-    ("dist2.cu", (f"-DROW={row}", f"-DGROUP={group}", f"-DCENTRE={'double' if row == 'double' else 'float'}"))
-    for row in ROWS
-    for group in (32, 256)
+    ("decide.cu", (f"-DROW={row}", CENTRES[row], *levels)) for row in ROWS for levels in ((), ("-DTREE_LEVELS=2",))
 ]
-CASES += [(name, (f"-DROW={row}", "-DTREE_LEVELS=2")) for name in ("decide.cu", "step.cu") for row in ROWS]
+CASES += [("decide.cu", ("-DROW=float", CENTRES["double"]))]
+CASES += [("step.cu", (f"-DROW={row}", "-DTREE_LEVELS=2")) for row in ROWS]
 CASES += [
     ("prepare.cu", (f"-DROW={row}", f"-DTHREADS={threads}")) for row in ("float", "double") for threads in (128, 1024)
 ]

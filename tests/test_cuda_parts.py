@@ -45,7 +45,7 @@ class BestStruct(ctypes.Structure):
 
 @pytest.fixture
 def parts() -> ctypes.CDLL:
-    found = library("decide.cu", ("-DROW=float",), PARTS)
+    found = library("decide.cu", ("-DROW=float", "-DCENTRE=float"), PARTS)
     found.host_tree_sum.restype = ctypes.c_double
     found.host_float.restype = ctypes.c_float
     found.host_float16.restype = ctypes.c_ushort

@@ -31,6 +31,7 @@ from gpuclust.cluster.backends.tile import Tile
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.fit import Fit, fit_kmeans
 from gpuclust.cluster.moments import Moments, centroid_dtype
+from gpuclust.cluster.predict import nearest
 from gpuclust.cluster.sources.base import TensorSource
 from gpuclust.cluster.sums import Grid
 from gpuclust.errors import UnavailableError
@@ -60,6 +61,20 @@ def test_labels_are_exact_for_every_kind_of_rows(
         assert torch.equal(labels, expected), kind
         decided += count
     assert decided > 0
+
+
+@pytest.mark.parametrize("kept", DTYPES[:2] + DTYPES[3:], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_model_is_asked_about_rows_of_another_type(
+    dtype: torch.dtype, kept: torch.dtype, device: torch.device, make: Make
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    # Whole numbers: distances tie, and the reference distance decides.
+    values = torch.randint(-2, 3, (140, 6), generator=random)
+    x, centroids = (values[part].to(device) for part in (slice(100), slice(100, 140)))
+    labels = nearest(TensorSource(x.to(dtype)), centroids.to(kept), make())
+    assert torch.equal(labels, nearest(TensorSource(x.to(dtype)), centroids.to(kept), TorchBackend()))
+    assert mislabelled(labels.cpu(), x.double(), centroids.double()) == 0
 
 
 SHAPES = [

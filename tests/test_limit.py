@@ -71,6 +71,26 @@ def test_a_fit_stays_within_its_limit(case: str, limit: str) -> None:
     same(model, plain)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize(("n", "d", "k"), [(400_000, 32, 100), (1000, 50_000, 5)], ids=["narrow", "wide"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cupy"])
+def test_a_fit_on_a_gpu_stays_within_its_limit(backend: str, n: int, d: int, k: int, limit: str) -> None:
+    pytest.importorskip(backend)
+    x = rows("relu", n, d).cuda()
+    needs = primal_needs(Problem(n, d, k, x.dtype, x.device, restarts=3), n)
+    allowed = LIMITS[limit](needs, 3)
+    options = {"n_init": 3, "random_state": 0, "max_iter": 3, "solver": "primal", "backend": backend}
+    taken = 0
+    for _ in range(2):  # in the first fit libraries take memory that they keep
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        KMeans(k, memory_limit=allowed, **options).fit(x)
+        taken = torch.cuda.max_memory_allocated() - before
+    assert 0.05 * needs.fixed < taken <= allowed
+
+
 def test_what_is_given_without_a_limit_is_a_tenth_of_the_rows_and_256_mib() -> None:
     problem = Problem(1_000_000, 512, 4096, torch.float16, torch.device("cuda"), restarts=1)
     needs = primal_needs(problem, problem.n)

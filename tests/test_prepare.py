@@ -64,12 +64,11 @@ def check(looks: Looks, wanted: Bounded, split: Bounded) -> None:
     fine = looks.finer
     assert torch.equal(fine.matrix.nan_to_num(0.5), split.matrix.nan_to_num(0.5))
     pieces = fine.parts.shape[2]
-    flat = fine.parts.transpose(2, 3).reshape(r, -1, 2, pieces * 32)
+    flat = fine.parts.transpose(2, 3).reshape(r, k, 2, pieces * 32)
     high = split.matrix.view(r, k, d).half()
     low = (split.matrix.view(r, k, d) - high.float()).half()
-    assert torch.equal(flat[:, :k, 0, :d].nan_to_num(0.5), high.nan_to_num(0.5))
-    assert torch.equal(flat[:, :k, 1, :d].nan_to_num(0.5), low.nan_to_num(0.5))
-    assert not bool(flat[:, k:].any())
+    assert torch.equal(flat[:, :, 0, :d].nan_to_num(0.5), high.nan_to_num(0.5))
+    assert torch.equal(flat[:, :, 1, :d].nan_to_num(0.5), low.nan_to_num(0.5))
     assert not bool(flat[..., d:].any())
     check_ends(fine.terms, fine.reach, k, split)
     assert (looks.scale, fine.scale) == (wanted.scale, split.scale)
@@ -92,7 +91,7 @@ def test_operands_are_those_of_torch(
     looks = Looks.of(launch, frame, centroids, dtype, tile)
     columns, width = (-(-k // tile.columns) * tile.columns, -(-d // 32) * 32) if rows_of_tile else (k, -(-d // 64) * 64)
     assert looks.padded.shape == (r, columns, width)
-    assert looks.finer.parts.shape[1] == -(-k // (32 * looks.finer.warps)) * 32 * looks.finer.warps
+    assert looks.finer.terms.shape[1] == -(-k // (32 * looks.finer.warps)) * 32 * looks.finer.warps
     check(looks, frame.operand(centroids, dtype, FLOAT16), frame.operand(centroids, dtype, SPLIT))
     assert bool((looks.finer.parts[..., 1, :] != 0).any()) or d == 1
 

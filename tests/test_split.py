@@ -167,11 +167,11 @@ def test_parts_are_two_float16_of_the_float32_operand(k: int, d: int) -> None:
     x = rows("noise", 2 * k + 2, d)
     centroids = torch.stack([x[:k], x[k : 2 * k]])
     made = CupyBackend(HostLauncher()).prepare(Moments.of(TensorSource(x)).frame, centroids, x.dtype).finer
-    tiles, pieces = -(-k // (32 * made.warps)) * 32 * made.warps, -(-d // 32)
+    pieces = -(-d // 32)
     assert made.warps == (1 if k <= 32 else 2 if k <= 64 else 4)
-    assert made.parts.shape == (2, tiles, pieces, 2, 32)
-    flat = made.parts.double().transpose(2, 3).reshape(2, tiles, 2, pieces * 32)
-    high, low = flat[:, :k, 0, :d], flat[:, :k, 1, :d]
+    assert made.parts.shape == (2, k, pieces, 2, 32)
+    flat = made.parts.double().transpose(2, 3).reshape(2, k, 2, pieces * 32)
+    high, low = flat[:, :, 0, :d], flat[:, :, 1, :d]
     matrix = made.matrix.view(2, k, d).double()
     assert torch.equal(high, matrix.half().double())
     assert bool(((high + low - matrix).abs() <= 2.0**-23 * matrix.abs() + 2.0**-25).all())

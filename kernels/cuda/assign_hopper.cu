@@ -7,14 +7,6 @@
 // memory as they will in shared memory (prepare.cu), so a piece is one copy in bulk. Warpgroups go on independently, as far
 // apart as the ring is long: one multiplies while another compares or reads its next rows. The centroids go round and
 // round, and each warpgroup begins at another place, so that they do not all need new rows at once.
-//
-// Comparing costs as much as multiplying unless d is large, so it takes few operations of a score. What the sum of
-// products begins with is the bias less the bound: the bound has g of the bias for that (exact.py), and g of the bound
-// itself, with g < 2^-11 for d <= 1024, is less than the 2^-10 that all bounds are raised by. Then the lowest 5 bits of
-// the sum, the lower end, give way to the number of the score among those of the thread, so that all differ and the
-// least brings its number along. Of two passes over the scores of a tile the first finds the least m; the second finds
-// the greatest m - score below zero, as an integer: as integers negative numbers are in falling order, and the zero of m
-// itself is above them all. `widen` (best.cuh) answers for the bits and for these subtractions.
 // -DCOLUMNS=32, 64 or 128; -DGROUPS=1 to 4.
 #include "best.cuh"
 #include "device_hopper.cuh"
@@ -27,6 +19,14 @@ constexpr int PIECE_BYTES = COLUMNS * DEPTH * 2, ROWS_BYTES = GROUP_ROWS * DEPTH
 constexpr int LINE = 128 / (int)sizeof(ROW);                       // features of a line of the cache
 constexpr int NUMBERS = 31;                                        // the bits that `pack` takes
 static_assert(SCORES <= NUMBERS + 1, "each score of a thread has its number");
+
+// Comparing costs as much as multiplying unless d is large, so it takes few operations of a score. What the sum of
+// products begins with is the bias less the bound: the bound has g of the bias for that (exact.py), and g of the bound
+// itself, with g < 2^-11 for d <= 1024, is less than the 2^-10 that all bounds are raised by. Then the lowest 5 bits of
+// the sum, the lower end, give way to the number of the score among those of the thread, so that all differ and the
+// least brings its number along. Of two passes over the scores of a tile the first finds the least m; the second finds
+// the greatest m - score below zero, as an integer: as integers negative numbers are in falling order, and the zero of m
+// itself is above them all. `widen` (best.cuh) answers for the bits and for these subtractions.
 
 // One operation, where the compiler does not know that `others` is ~NUMBERS: it takes two for two constants.
 __device__ __forceinline__ float pack(float score, int others, int number) {

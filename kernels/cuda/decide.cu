@@ -7,6 +7,7 @@
 // candidate, and so is one whose score is no number. Candidates of 1024 centroids at a time wait in shared memory; then
 // all threads together compute each one's reference distance (tree.cuh), for any d and without room for d values.
 // Centroids that equal an earlier one have a bound that keeps them out (prepare.cu): they can't win.
+// -DCENTRE=float or double, the type of the centroids: a fitted model is asked about rows of another type, too.
 #include "best.cuh"
 #include "rows.cuh"
 #include "tree.cuh"
@@ -54,9 +55,9 @@ __device__ __forceinline__ int centroid_of(int lane) { return lane / (32 / TOGET
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) decide(
     const ROW* first, int64 n, int64 d, int64 row_stride, int64 column_stride, const Wide* shift, double scale,
-    const float* norms, const float* matrix, const float2* terms, int64 columns, const Wide* centroids, int64 k, int64 r,
-    int* labels, int64 label_stride, const int* open_count, const int* open_rows, const float* open_upper, int64 resident,
-    int64* decided) {
+    const float* norms, const float* matrix, const float2* terms, int64 columns, const CENTRE* centroids, int64 k,
+    int64 r, int* labels, int64 label_stride, const int* open_count, const int* open_rows, const float* open_upper,
+    int64 resident, int64* decided) {
   DYNAMIC_SHARED(float, held);  // (d,), where the row is resident
   __shared__ double values[HELD];
   __shared__ int candidates[WAITING];
@@ -101,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) decide(
         const int count = waiting;
         for (int i = 0; i < count; ++i) {
           const int j = candidates[i];
-          const Wide* centroid = centroids + (restart * k + j) * d;
+          const CENTRE* centroid = centroids + (restart * k + j) * d;
           const double dist2 = tree_sum<THREADS>(d, values, HELD, threadIdx.x, [&](int64 feature) {
             const double apart = sum_of(to_double(*x.at(row, feature)), -(double)centroid[feature]);
             return product_of(apart, apart);

@@ -2,7 +2,7 @@
 //
 // The tile: `prepare` has a block for each centroid, and for each that only fills a tile. Its threads go across the
 // features: `padded` is float16, `matrix` float32 of another scale, and `parts` that in two float16, DEPTH high and DEPTH
-// low ones of as many features a piece; zero beyond d and k. Squares are summed in float64, in any order: the bound has
+// low ones of as many features a piece; zero beyond d, and in `padded` beyond k. Squares are summed in float64, in any order: the bound has
 // d 2**-52 of them for that. `repeated` has a warp for each centroid, which looks for an earlier equal one of its restart
 // where the bias is equal: that one wins every tie, and the largest number as both ends keeps this one out.
 // -DROW=float or double, the type of the centroids. -DTHREADS=128, or 1024 for wide ones. -DSWIZZLED_COLUMNS=n: `padded`
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool there = j < k;
   const int64 at = restart * k + j, coarse_at = restart * columns + j, fine_at = restart * fine_columns + j;
-  const int64 coarse_end = j < columns ? width : 0, fine_end = j < fine_columns ? pieces * DEPTH : 0;
+  const int64 coarse_end = j < columns ? width : 0, fine_end = there ? pieces * DEPTH : 0;
   double square = 0.0, fine_square = 0.0;
   for (int64 f = threadIdx.x; f < coarse_end || f < fine_end; f += THREADS) {
     const double apart = there && f < d ? (double)centroids[at * d + f] - centre[f] : 0.0;
@@ -77,10 +77,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
     if (f < fine_end) {
       const float value = (float)(-2.0 * fine);
       const Float16 high = to_float16(value);
-      Float16* piece = parts + (fine_at * pieces + f / DEPTH) * (2 * DEPTH) + f % DEPTH;
+      Float16* piece = parts + (at * pieces + f / DEPTH) * (2 * DEPTH) + f % DEPTH;
       piece[0] = high;
       piece[DEPTH] = to_float16(value - to_float(high));
-      if (there && f < d) matrix[at * d + f] = value;
+      if (f < d) matrix[at * d + f] = value;
     }
   }
   for (int other = 16; other > 0; other /= 2) {

@@ -16,25 +16,25 @@ constexpr int DEPTH = 32, PIECE = 2 * DEPTH, PITCH = PIECE + 8, SLICE_PIECES = 1
 constexpr int AT_ONCE = THREADS / (PIECE / 8);  // centroids of which the threads copy 16 bytes each
 
 // The pieces of the centroids on their way through the ring: all pieces of the first COLUMNS centroids, then of the next.
+// Beyond the last centroid comes that one again: there the lower end is infinite, whatever the product.
 struct Stream {
-  const Float16* source;
+  const Float16* source;  // of a restart
   Float16* ring;
-  int left, pieces, piece, slot;  // pieces still to fetch, of a centroid, and where the next comes from and goes to
+  int k, pieces, column, piece, slot;  // centroids, pieces of each, and where the next comes from and goes to
 
   __device__ __forceinline__ void fetch() {
-    if (left > 0) {
-      const int column = threadIdx.x / (PIECE / 8), part = threadIdx.x % (PIECE / 8) * 8;
-      const int64 width = (int64)pieces * PIECE;
-      Float16* to = ring + (slot * COLUMNS + column) * PITCH + part;
-      const Float16* from = source + column * width + part;
+    if (column < k) {
+      const int line = threadIdx.x / (PIECE / 8), part = threadIdx.x % (PIECE / 8) * 8;
+      Float16* to = ring + (slot * COLUMNS + line) * PITCH + part;
 #pragma unroll
-      for (int i = 0; i < COLUMNS; i += AT_ONCE) copy_16_bytes(to + i * PITCH, from + i * width);
-      --left;
+      for (int i = 0; i < COLUMNS; i += AT_ONCE) {
+        const int64 centroid = column + line + i < k ? column + line + i : k - 1;
+        copy_16_bytes(to + i * PITCH, source + (centroid * pieces + piece) * PIECE + part);
+      }
       slot ^= 1;
-      source += PIECE;
       if (++piece == pieces) {
         piece = 0;
-        source += (COLUMNS - 1) * width;
+        column += COLUMNS;
       }
     }
     copies_end();
@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) rescore(
         norm[thread] = row < n ? norms[row] : 0.0f;
       }
       __syncthreads();
-      Stream stream = {parts + place * pieces * PIECE, ring, column_tiles * pieces, pieces, 0, 0};
+      Stream stream = {parts + restart * k * pieces * PIECE, ring, (int)k, pieces, 0, 0, 0};
       stream.fetch();
       Best best[4];
       for (int i = 0; i < 4; ++i) best[i].clear();

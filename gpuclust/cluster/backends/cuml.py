@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -96,16 +97,18 @@ class CumlBackend(TorchBackend):
         starts: list[Any] = [_INITS[init]] if isinstance(init, str) else [given.contiguous() for given in init]
         best: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, int] | None = None
         for start_with in starts:
-            centroids, labels, n_iter = self._run(
-                x,
-                weights,
-                init=start_with,
-                n_clusters=k,
-                n_init=n_init if isinstance(init, str) else 1,
-                max_iter=max_iter,
-                tol=tol,
-                random_state=seed % 2**31,
-            )
+            # cuML computes on the current device.
+            with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+                centroids, labels, n_iter = self._run(
+                    x,
+                    weights,
+                    init=start_with,
+                    n_clusters=k,
+                    n_init=n_init if isinstance(init, str) else 1,
+                    max_iter=max_iter,
+                    tol=tol,
+                    random_state=seed % 2**31,
+                )
             dist2 = distances(self, source, centroids, labels)
             inertia = total(dist2, weights)
             if best is None or inertia < best[3]:

@@ -25,6 +25,7 @@ from gpuclust.cluster.backends.tile import MOST_PARTS, Tile
 from gpuclust.cluster.backends.tile import blocks as _blocks
 from gpuclust.cluster.backends.tile import up as _up
 from gpuclust.cluster.exact import Frame
+from gpuclust.cluster.relief import relieved
 from gpuclust.cluster.sources.base import listed_rows
 from gpuclust.cluster.step import Course, Limits
 from gpuclust.cluster.sums import Grid
@@ -120,9 +121,9 @@ class CupyBackend(RowKernels, WideLook):
             *seen, fine.parts, fine.parts.shape[2], held, fine.terms, fine.reach, *found, counts[0], open_, *lists_left,
         )  # fmt: skip
         self.launch(
-            device, "decide.cu", (*options, *_tree(d)), "decide", grid, _THREADS, 4 * d if resident else 0,
-            *seen, fine.matrix, fine.terms, fine.terms.shape[1], operand.centroids, *found, *lists_left,
-            resident, decided,
+            device, "decide.cu", (*options, f"-DCENTRE={WIDE[operand.centroids.dtype]}", *_tree(d)), "decide", grid,
+            _THREADS, 4 * d if resident else 0, *seen, fine.matrix, fine.terms, fine.terms.shape[1], operand.centroids,
+            *found, *lists_left, resident, decided,
         )  # fmt: skip
         return decided
 
@@ -213,7 +214,7 @@ class CupyBackend(RowKernels, WideLook):
         r, k, _ = operand.centroids.shape
         n, device, options, tile = x.shape[0], x.device, self._options(x), operand.tile
         _, padded, width = operand.padded.shape
-        size, column_tiles = tile.chunk_rows(width), padded // tile.columns
+        size, column_tiles = _up(relieved(tile.chunk_rows(width)), tile.rows), padded // tile.columns
         # Whole tiles: of what lies beyond the last row only products come that nobody reads.
         seen = torch.empty(_up(min(n, size), tile.rows), width, dtype=torch.float16, device=device)
         for first in range(0, n, size):

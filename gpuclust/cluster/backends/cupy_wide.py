@@ -9,12 +9,13 @@ import torch
 from gpuclust.cluster.backends.base import SLICE
 from gpuclust.cluster.backends.cupy_rows import strided
 from gpuclust.cluster.backends.tile import MOST_PARTS, PIECE, blocks
+from gpuclust.cluster.relief import relieved
 
 # As in product.cu: rows of a block.
 _ROWS = 128
 _THREADS, _WARPS = 256, 8
-# Bytes of products that stay in the cache until `select` has seen them.
-_PRODUCT_BYTES = 24 << 20
+# Bytes of products that stay in the cache until `select` has seen them; and that those of the fewest rows may take.
+_PRODUCT_BYTES, _MOST_BYTES = 24 << 20, 256 << 20
 # Centroids of all restarts for which reading the rows, twice at most, is what takes the time.
 _FEW = 256
 
@@ -38,9 +39,13 @@ class WideLook:
         n, device = x.shape[0], x.device
         matrix = operand.padded.view(r * k, -1)
         slices = blocks(matrix.shape[1], SLICE)
+        row_bytes = 4 * r * k * slices
         few = r * k <= _FEW and slices * blocks(r * k, _tile_columns(r * k)) <= MOST_PARTS
-        multiply, parts = (self._few, slices) if few else (self._many, 1)
-        size = max(1, _PRODUCT_BYTES // (4 * r * k * parts * _ROWS)) * _ROWS
+        if few and row_bytes * _ROWS <= relieved(_MOST_BYTES):
+            multiply, parts = self._few, slices
+        else:  # a slice of the rows, too, is on the way
+            multiply, parts, row_bytes = self._many, 1, max(4 * r * k, 2 * SLICE)
+        size = max(1, relieved(_PRODUCT_BYTES) // (row_bytes * _ROWS)) * _ROWS
         for first in range(0, n, size):
             some = x[first : first + size]
             rows = some.shape[0]

@@ -48,7 +48,8 @@ class Looks(Operand):
     @classmethod
     def of(cls, launch: Any, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype, tile: Tile) -> Looks:
         """The centroids (r, k, d) for rows of ``dtype``."""
-        centroids = centroids.contiguous()
+        # Of a fitted model they may be of another type than those of rows of ``dtype`` would be.
+        centroids = (centroids if centroids.dtype in WIDE else centroids.float()).contiguous()
         (r, k, d), device = centroids.shape, centroids.device
         columns, width = tile.padded(k), tile.width(d)
         bound, fine = frame.bound(dtype, FLOAT16), frame.bound(dtype, SPLIT)
@@ -58,7 +59,7 @@ class Looks(Operand):
         reach = torch.empty(r, columns, dtype=torch.float32, device=device)
         bias = torch.empty(r, k, dtype=torch.float64, device=device)
         finer = Split.empty(fine, centroids)
-        fine_columns, pieces = finer.parts.shape[1:3]
+        fine_columns, pieces = finer.terms.shape[1], finer.parts.shape[2]
         threads = _THREADS[d > _MANY]
         options = (
             f"-DROW={WIDE[centroids.dtype]}",

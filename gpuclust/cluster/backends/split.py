@@ -24,11 +24,11 @@ class Split(Operand):
     ----------
     matrix : float32 (r * k, d)
         -2 (c - m) s, rounded.
-    parts : float16 (r, k', p, 2, 32)
-        Of each centroid p pieces of 32 features, in each the higher parts and then the lower; zeros up to whole tiles
-        and pieces.
+    parts : float16 (r, k, p, 2, 32)
+        Of each centroid p pieces of 32 features, in each the higher parts and then the lower; zeros up to whole pieces.
     terms : float32 (r, k', 2)
-        Bias less ``margin``, and ``slope`` (`gpuclust.cluster.exact`); of what is no centroid infinity and 0.
+        Bias less ``margin``, and ``slope`` (`gpuclust.cluster.exact`); of what is no centroid, up to whole tiles,
+        infinity and 0.
     reach : float32 (r, k')
         Twice the ``margin``.
     warps : int
@@ -52,7 +52,7 @@ class Split(Operand):
             bound.shift,
             bound.scale,
             torch.empty(r * k, d, dtype=torch.float32, device=device),
-            torch.empty(r, columns, pieces, 2, _DEPTH, dtype=torch.float16, device=device),
+            torch.empty(r, k, pieces, 2, _DEPTH, dtype=torch.float16, device=device),
             torch.empty(r, columns, 2, dtype=torch.float32, device=device),
             torch.empty(r, columns, dtype=torch.float32, device=device),
             warps,
