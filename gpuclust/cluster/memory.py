@@ -6,7 +6,8 @@ of the sums' grid (1 for float32 rows below 2**21 of them; more for float64 and 
     primal: 40 n + d (96 + k (24 + 8 L))                  + r (40 n + k d (2 w + 12 + 8 L))          + work
     dual:   40 n + d (96 + k (32 + 8 L + 3 w)) + 12 n^2   + r (64 n + 32 k n)                        + work
 
-Rows with weights take 40 n more, and 8 n for each restart. ``work`` is what is on the way: scores of a piece of rows,
+The 12 d of a centroid are its operands; on a GPU, whose kernels read whole pieces of 64 features, of as many as those
+hold. Rows with weights take 40 n more, and 8 n for each restart. ``work`` is what is on the way: scores of a piece of rows,
 float64 copies of a block of them, lists of those that moved. Less memory makes these pieces smaller, then the restarts
 that share a pass fewer; what is left over keeps sketches, and what saves seeding a pass. No result depends on it.
 
@@ -29,6 +30,8 @@ from gpuclust.errors import MemoryLimitError
 _WORK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 _PER_CHUNK_BYTE = 16
 _MOST_HALVINGS = 4
+# Features of a piece of a GPU's operands.
+_PIECE = 64
 # The share of a limit that it may take where that leaves too little for more restarts.
 _WORK_SHARE = 2
 _DEFAULT_BYTES, _DEFAULT_SHARE = 256 << 20, 10
@@ -91,7 +94,9 @@ def primal_needs(problem: Problem, n: int, lightest: float | None = None) -> Nee
     d, k, value, sums = problem.d, problem.k, *_values(problem, lightest)
     rows, weighted = _rows(problem, n)
     fixed = rows + d * (96 + k * (24 + sums))
-    return Needs(fixed, (40 + weighted) * n + k * d * (2 * value + 12 + sums), work_bytes(problem.device))
+    read = d if problem.device.type == "cpu" else -(-d // _PIECE) * _PIECE
+    restart = (40 + weighted) * n + k * (d * (2 * value + sums) + 12 * read)
+    return Needs(fixed, restart, work_bytes(problem.device))
 
 
 def dual_needs(problem: Problem, n: int, lightest: float | None = None) -> Needs:
