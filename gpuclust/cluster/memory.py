@@ -6,10 +6,11 @@ of the sums' grid (1 for float32 rows below 2**21 of them; more for float64 and 
     primal: 40 n + d (96 + k (24 + 8 L))                  + r (40 n + k d (2 w + 12 + 8 L))          + work
     dual:   40 n + d (96 + k (32 + 8 L + 3 w)) + 12 n^2   + r (64 n + 32 k n)                        + work
 
-The 12 d of a centroid are its operands; on a GPU, whose kernels read whole pieces of 64 features, of as many as those
-hold. Rows with weights take 40 n more, and 8 n for each restart. ``work`` is what is on the way: scores of a piece of rows,
+The 12 d of a centroid are its operands; on a GPU d is there a multiple of 64, since kernels read whole pieces. Rows
+with weights take 40 n more, and 8 n for each restart. ``work`` is what is on the way: scores of a piece of rows,
 float64 copies of a block of them, lists of those that moved. Less memory makes these pieces smaller, then the restarts
-that share a pass fewer; what is left over keeps sketches, and what saves seeding a pass. No result depends on it.
+that share a pass fewer; what is left over keeps sketches or gaps, and what saves seeding a pass. No result depends on
+it.
 
 Where no limit is set a fit gives itself 256 MiB and a tenth of what the rows take, and more where one restart needs it.
 """

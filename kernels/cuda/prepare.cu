@@ -2,9 +2,10 @@
 //
 // The tile: `prepare` has a block for each centroid, and for each that only fills a tile. Its threads go across the
 // features: `padded` is float16, `matrix` float32 of another scale, and `parts` that in two float16, DEPTH high and DEPTH
-// low ones of as many features a piece; zero beyond d, and in `padded` beyond k. Squares are summed in float64, in any order: the bound has
-// d 2**-52 of them for that. `repeated` has a warp for each centroid, which looks for an earlier equal one of its restart
-// where the bias is equal: that one wins every tie, and the largest number as both ends keeps this one out.
+// low ones of as many features a piece; zero beyond d, and in `padded` beyond k. Squares are summed in float64, in any
+// order: the bound has d 2**-52 of them for that. `repeated` has a warp for each centroid, which looks for an earlier
+// equal one of its restart where the bias is equal: that one wins every tie, and the largest number as both ends keeps
+// this one out.
 // -DROW=float or double, the type of the centroids. -DTHREADS=128, or 1024 for wide ones. -DSWIZZLED_COLUMNS=n: `padded`
 // in tiles of n centroids, see `place`.
 #include "rows.cuh"
