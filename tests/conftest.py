@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -77,6 +78,15 @@ MISSING = {
     "nvrtc": missing_nvrtc,
     "compiler": missing_compiler,
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Workers (pytest -n) inherit it: what one of them compiles with g++ the others need not.
+    if "ON_HOST_BUILT" not in os.environ:
+        made = tempfile.TemporaryDirectory()
+        os.environ["ON_HOST_BUILT"] = made.name
+        config.add_cleanup(made.cleanup)
+        config.add_cleanup(lambda: os.environ.pop("ON_HOST_BUILT"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
