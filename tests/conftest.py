@@ -62,7 +62,12 @@ def missing_interpreter() -> str | None:
 
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton's kernels are compiled here, for the CUDA device"
-    return TritonBackend().unavailable()
+    reason = TritonBackend().unavailable()
+    if reason is None:
+        from interpreter import patch_once
+
+        patch_once()
+    return reason
 
 
 def missing_browser() -> str | None:
