@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -61,7 +63,12 @@ def missing_interpreter() -> str | None:
 
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton's kernels are compiled here, for the CUDA device"
-    return TritonBackend().unavailable()
+    reason = TritonBackend().unavailable()
+    if reason is None:
+        from interpreter import patch_once
+
+        patch_once()
+    return reason
 
 
 def missing_browser() -> str | None:
@@ -77,6 +84,15 @@ MISSING = {
     "nvrtc": missing_nvrtc,
     "compiler": missing_compiler,
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Workers (pytest -n) inherit it: what one of them compiles with g++ the others need not.
+    if "ON_HOST_BUILT" not in os.environ:
+        made = tempfile.TemporaryDirectory()
+        os.environ["ON_HOST_BUILT"] = made.name
+        config.add_cleanup(made.cleanup)
+        config.add_cleanup(lambda: os.environ.pop("ON_HOST_BUILT"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -99,6 +115,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = share_of(items, share)
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # thousands of tests and all modules stay: each collection of garbage would look through them
 
 
 def share_of(items: list[Any], share: str) -> list[Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import hashlib
+import os
 import re
+import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -17,10 +21,14 @@ from gpuclust.kernels import cuda_folder
 HERE = Path(__file__).parent
 # Every device from compute capability 8.0 on gives a block that much, whatever less a test says.
 LEAST_SHARED_BYTES = 99 << 10
+_FLAGS = ["-std=c++17", "-DON_HOST", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
 _LAUNCH = """
+#ifndef ON_HOST_HOPPER
+#define ON_HOST_HOPPER false
+#endif
 static void call_KERNEL(void** given) { on_host::launcher(kernel_KERNEL, given); }
 extern "C" int launch_KERNEL(unsigned x, unsigned y, unsigned threads, unsigned bytes, unsigned falling, void** given) {
-  on_host::launch(call_KERNEL, x, y, threads, bytes, falling, given);
+  on_host::launch(call_KERNEL, x, y, threads, bytes, falling, ON_HOST_HOPPER, given);
   return on_host::argument_count(kernel_KERNEL);
 }
 """
@@ -81,26 +89,38 @@ class HostLauncher:
 
 
 @cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
+def _folder() -> Path:
+    """Where what is compiled is kept: of all processes of a run of the tests (conftest.py), or of this one."""
+    if given := os.environ.get("ON_HOST_BUILT"):
+        return Path(given)
+    made = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, made)
+    return Path(made)
+
+
+def _built(stem: str, arguments: list[str], code: str = "") -> Path:
+    """A shared library by g++, compiled once; ``code`` is read where the arguments name ``-``."""
+    key = hashlib.sha256(repr((arguments, code)).encode()).hexdigest()[:16]
+    made = _folder() / f"{stem}-{key}.so"
+    if not made.exists():
+        unfinished = made.with_suffix(f".{os.getpid()}")
+        command = ["g++", *_FLAGS, f"-I{HERE}", f"-I{cuda_folder()}", *arguments, "-o", str(unfinished)]
+        built = subprocess.run(command, input=code, capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr
+        unfinished.replace(made)  # whole or not there, whoever else compiles it
+    return made
 
 
 @cache
 def library(file: str, options: tuple[str, ...], extra: str = "") -> ctypes.CDLL:
-    """A source of kernels/cuda, compiled with g++ for this process; ``extra`` is further C++ after it."""
+    """A source of kernels/cuda, compiled with g++; ``extra`` is further C++ after it."""
     source = cuda_folder() / file
     kernels = re.findall(r'extern "C" __global__[^{]*?\b(\w+)\(\s*\n', source.read_text(encoding="utf-8"))
     # Renamed: `select`, for one, is a function of the C library.
     names = [f"#define {name} kernel_{name}" for name in kernels]
     back = [f"#undef {name}" for name in kernels]
-    code = ["#define ON_HOST", '#include "device.cuh"', *names, f'#include "{file}"', *back]
+    code = ['#include "device.cuh"', *names, f'#include "{file}"', *back]
     code += [_LAUNCH.replace("KERNEL", name) for name in kernels]
-    stem = Path(_folder().name) / f"{source.stem}{abs(hash((file, options, extra)))}"
-    stem.with_suffix(".cpp").write_text("\n".join([*code, extra]), encoding="utf-8")
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w", *options]
-    folders = [f"-I{HERE}", f"-I{cuda_folder()}"]
-    made = str(stem.with_suffix(".so"))
-    command = ["g++", *flags, *folders, str(stem.with_suffix(".cpp")), "-o", made]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    return ctypes.CDLL(made)
+    machine = _built("machine", ["-O2", *(str(HERE / part) for part in ("on_host.cpp", "on_host_hopper.cpp"))])
+    arguments = ["-O1", *options, "-x", "c++", "-", "-x", "none", str(machine)]
+    return ctypes.CDLL(str(_built(source.stem, arguments, "\n".join([*code, extra]))))

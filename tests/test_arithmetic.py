@@ -325,7 +325,7 @@ def some_rows(x: Any, k: int, random_state: np.random.RandomState) -> Any:
         {"device": "cpu"},
         {"device": "auto"},
         {"verbose": 1},
-        pytest.param({"backend": "triton"}, marks=pytest.mark.interpreter),
+        pytest.param({"backend": "triton", "n_init": 2, "max_iter": 3}, marks=pytest.mark.interpreter),
     ],
     ids=lambda parameters: " ".join(
         f"{name} {getattr(value, '__name__', value)}" for name, value in parameters.items()
