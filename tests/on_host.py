@@ -21,7 +21,16 @@ from gpuclust.kernels import cuda_folder
 HERE = Path(__file__).parent
 # Every device from compute capability 8.0 on gives a block that much, whatever less a test says.
 LEAST_SHARED_BYTES = 99 << 10
-_FLAGS = ["-std=c++17", "-DON_HOST", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
+_FLAGS = [
+    "-std=c++17",
+    "-DON_HOST",
+    "-U_FORTIFY_SOURCE",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-shared",
+    "-fPIC",
+    "-w",
+]
 _LAUNCH = """
 #ifndef ON_HOST_HOPPER
 #define ON_HOST_HOPPER false
