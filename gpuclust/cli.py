@@ -259,7 +259,7 @@ def cluster(
     """k-means on a file of rows, for scripts."""
     from gpuclust.rows import cluster_file
 
-    target = out or file.with_name(f"{file.stem}.labels.npy")
+    target = out or file.parent / f"{file.stem}.labels.npy"
     fit, seconds = cluster_file(
         file,
         target,

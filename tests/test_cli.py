@@ -223,6 +223,7 @@ REFUSED = [
     (["layers", *MODEL, "--input", "16"], "--input is CxHxW"),
     (["layers", *MODEL, "--input", "7x16x16"], "does not take an image of 7x16x16"),
     (["cluster", "gone.npy", "--clusters", "2"], "there is no file 'gone.npy'"),
+    (["cluster", ".", "--clusters", "2"], "'.' is not a .npy file of numbers"),
     (["cluster", "X.npy", "--clusters", "2", "--tol", "small"], "--tol"),
 ]
 
