@@ -159,7 +159,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
     force: Force = False,
 ) -> None:
-    """Cluster every layer's activations, compare with the classes: a page."""
+    """Cluster every layer's activations, beside the classes: a page."""
     options = _options(locals(), "data", "model", "out", "resume", "force")
     folder = out or f"gpuclust-{re.sub(r'[^A-Za-z0-9._-]+', '-', model).strip('-.')}"
     _analyze(model, data, folder, resume=resume, force=force, **options)
