@@ -159,7 +159,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
     force: Force = False,
 ) -> None:
-    """Cluster every layer's activations, compare with the classes: a page."""
+    """Cluster every layer's activations, beside the classes: a page."""
     options = _options(locals(), "data", "model", "out", "resume", "force")
     folder = out or f"gpuclust-{re.sub(r'[^A-Za-z0-9._-]+', '-', model).strip('-.')}"
     _analyze(model, data, folder, resume=resume, force=force, **options)
@@ -259,7 +259,7 @@ def cluster(
     """k-means on a file of rows, for scripts."""
     from gpuclust.rows import cluster_file
 
-    target = out or file.with_name(f"{file.stem}.labels.npy")
+    target = out or file.parent / f"{file.stem}.labels.npy"
     fit, seconds = cluster_file(
         file,
         target,

@@ -40,10 +40,15 @@ def cluster_file(file: Path, out: Path, clusters: int, *, force: bool = False, *
     Raises
     ------
     InputError
-        If the file is not there or is no array of numbers, if ``out`` is there, or for what KMeans refuses.
+        If the file is not there or is no array of numbers, if ``out`` is there, is a folder or the file of rows itself,
+        or for what KMeans refuses.
     MemoryLimitError
         If memory runs out.
     """
+    if out.is_dir():
+        raise InputError(f"{str(out)!r} is a folder: --out takes the name of a file")
+    if out.exists() and file.exists() and out.samefile(file):
+        raise InputError(f"{str(out)!r} holds the rows, which the labels would replace: --out takes another name")
     if out.exists() and not force:
         raise InputError(f"{str(out)!r} is there already: --force overwrites it, --out takes another name")
     if not out.parent.is_dir():

@@ -84,7 +84,9 @@ def test_version_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["--version"]) == 0
     assert capsys.readouterr().out == f"gpuclust {gpuclust.__version__}\n"
     assert run_command([]) == 0
-    assert "Commands:" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Commands:" in shown
+    assert "..." not in shown.partition("Commands:")[2]  # each command's line is whole
 
 
 # ---- run
@@ -223,6 +225,7 @@ REFUSED = [
     (["layers", *MODEL, "--input", "16"], "--input is CxHxW"),
     (["layers", *MODEL, "--input", "7x16x16"], "does not take an image of 7x16x16"),
     (["cluster", "gone.npy", "--clusters", "2"], "there is no file 'gone.npy'"),
+    (["cluster", ".", "--clusters", "2"], "'.' is not a .npy file of numbers"),
     (["cluster", "X.npy", "--clusters", "2", "--tol", "small"], "--tol"),
 ]
 

@@ -120,6 +120,9 @@ def _all_cases(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
 
 # ---- what is refused
 
+# Passes in which a process can no longer read its rows, from the first sample of them to the last distances.
+LOST = range(1, 17)
+
 
 def _refusals(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
     """What each of these raises, in this process."""
@@ -133,6 +136,9 @@ def _refusals(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
 
     def changing(at: int, change: Callable[[torch.Tensor], Any]) -> Changing:
         return Changing(part(x).clone(), at if last else 0, change)
+
+    def lose(_: torch.Tensor) -> None:
+        raise OSError("the disk is gone")
 
     attempts: dict[str, Callable[[], Any]] = {
         "NaN": lambda: KMeans(3).fit(shared(part(bad), group)),
@@ -154,6 +160,10 @@ def _refusals(group: Group, part: Callable[[Any], Any]) -> dict[str, Any]:
         "metric": lambda: KMeans(3, metric="cosine" if last else "euclidean", random_state=0).fit(shared(x, group)),
         "changed": lambda: KMeans(3, random_state=0).fit(shared(changing(7, lambda x: x[1:2].add_(1)), group)),
         "another order": lambda: KMeans(3, random_state=0).fit(shared(changing(5, reorder), group)),
+        **{
+            f"lost in pass {at}": lambda at=at: KMeans(3, random_state=0).fit(shared(changing(at, lose), group))
+            for at in LOST
+        },
         "score": lambda: KMeans(3).fit(x).score(shared(bad if last else x, group)),
     }
     found = {}
@@ -240,6 +250,7 @@ def test_an_error_of_one_process_is_an_error_of_all(answers: list[dict[str, Any]
         ("metric", "InputError", "need the same metric; got 'euclidean' in process 0, 'cosine' in process 1"),
         ("changed", "InputError", "X changed between two passes"),
         ("another order", "InputError", "process 1 of 2: X changed between two passes"),
+        *((f"lost in pass {at}", "GpuclustError", "process 1 of 2: OSError: the disk is gone") for at in LOST),
         ("score", "InputError", "process 1 of 2: Input X contains NaN. It is nan in row 200, column 4"),
     ):
         assert one.pop(name)[0] == kind, name

@@ -116,6 +116,19 @@ def test_where_the_rows_were_is_in_the_report(tmp_path: Path) -> None:
         assert KMeans(3, random_state=0, memory_limit=limit).fit(given).fit_report_.rows == says
 
 
+def test_a_file_that_memory_holds_is_clustered_as_an_array_is(tmp_path: Path) -> None:
+    x = rows("blobs", 30, 700).numpy()
+    expected = KMeans(4, solver="dual", random_state=0).fit(x)
+    for order, limit in (("C", None), ("F", 10**8)):
+        given = mapped(tmp_path, np.array(x, order=order))
+        model = KMeans(4, random_state=0, memory_limit=limit).fit(given)
+        assert model.fit_report_.rows == "in a mapped file"
+        assert model.fit_report_.solver == KMeans(4, random_state=0, memory_limit=limit).fit(x).fit_report_.solver
+        model = KMeans(4, solver="dual", random_state=0, memory_limit=limit).fit(given)
+        assert model.fit_report_.solver == "dual"
+        same(model, expected)
+
+
 def test_a_callable_init_gets_what_was_given(tmp_path: Path) -> None:
     x = rows("blobs", 120, 5, torch.float64).numpy()
     seen: list[Any] = []

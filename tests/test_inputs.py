@@ -357,6 +357,19 @@ def test_a_table_with_missing_values_names_the_first() -> None:
     assert read_array(table.dropna())[0].tolist() == [[1.0, 1.0], [3.0, 3.0]]
 
 
+@pytest.mark.parametrize("column", [pandas.date_range("2020", periods=3), pandas.to_timedelta([1, 2, 3]), [1j, 2, 3]])
+def test_a_table_with_a_column_that_only_looks_like_numbers_is_refused(column: Any) -> None:
+    table = pandas.DataFrame({"a": [1.0, 2.0, 3.0], "b": column, "c": ["1", "2", "3"]})
+    with pytest.raises(InputError, match=r"X must hold numbers; got .* in column 'b'"):
+        read_array(table)
+    assert read_array(table.drop(columns="b"))[0].tolist() == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
+
+
+def test_a_view_of_memory_is_an_array() -> None:
+    x = np.arange(6.0).reshape(3, 2)
+    assert read_rows(memoryview(x)).source.take(torch.tensor([2])).tolist() == [[4.0, 5.0]]
+
+
 def test_a_tensor_without_values_is_refused() -> None:
     with pytest.raises(InputError, match="X is on the device meta"):
         read_rows(torch.empty(3, 2, device="meta"))

@@ -83,6 +83,17 @@ def test_where_labels_may_go(tmp_path: Path, x: np.ndarray) -> None:
     assert np.load(out).shape == (200,)
     with pytest.raises(InputError, match="is no folder"):
         cluster_file(tmp_path / "x.npy", tmp_path / "nowhere/labels.npy", 2)
+    with pytest.raises(InputError, match="is a folder"):
+        cluster_file(tmp_path / "x.npy", tmp_path, 2, force=True)
+
+
+def test_labels_never_replace_the_rows(tmp_path: Path, x: np.ndarray) -> None:
+    np.save(tmp_path / "x.npy", x)
+    (tmp_path / "link.npy").symlink_to("x.npy")
+    for out in ("x.npy", "link.npy"):
+        with pytest.raises(InputError, match="holds the rows"):
+            cluster_file(tmp_path / "x.npy", tmp_path / out, 2, force=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), x)
 
 
 def test_no_room_for_the_labels(tmp_path: Path, x: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ Nothing is distributed because a process group happens to exist: a fit is shared
 What travels is small and exact: sums without rounding (`gpuclust.cluster.sums`), largest values, whole numbers, the
 rows that seeding chose and those that fill empty clusters. So no order in which processes add changes anything.
 
-An error of one process is raised in all of them, as long as they read, check and look at their rows. A process that
-dies or runs out of memory later leaves the others waiting until the timeout of their process group.
+An error of one process is raised in all of them, by `in_all` where they read and check what they were given, and by
+`heard` in the rest of a fit. A process that dies or is interrupted leaves the others waiting until the timeout of their
+process group, unless somebody ends them, as torchrun does.
 """
 
 from __future__ import annotations
@@ -193,6 +194,61 @@ def in_all(group: Group) -> Iterator[None]:
     errors = [error for error in group.gather(None if own is None else _told(own, group)) if error is not None]
     if errors:
         raise errors[0] from own
+
+
+@contextmanager
+def heard(group: Group, device: torch.device) -> Iterator[Group]:
+    """The group as whoever works inside the block is to use it: an error of one process there becomes one in all.
+
+    Before processes wait for each other they ask who is there, with one number on ``device``. A process that fails
+    answers last: the others hear of it where they would have waited for it. Where all fail, as by what all of them
+    know, each raises its own.
+    """
+    if group.size == 1:
+        yield group
+        return
+    asking = _Asking(group, device)
+    try:
+        yield asking
+    except Exception as error:
+        asking.ask(error)
+        raise
+
+
+class _Asking:
+    """The group that `heard` gives."""
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self.rank, self.size = group.rank, group.size
+        self._group, self._device = group, device
+        # Whether the others, too, make the call next that this process makes next.
+        self._together = True
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        self.ask()
+        self._together = False
+        result = self._group.all_reduce(tensor, op)
+        self._together = True
+        return result
+
+    def gather(self, item: Any) -> list[Any]:
+        self.ask()
+        self._together = False
+        items = self._group.gather(item)
+        self._together = True
+        return items
+
+    def ask(self, own: Exception | None = None) -> None:
+        """Raise the error of the lowest rank that has one, unless all have; ``own`` is that of this process."""
+        if not self._together:
+            return
+        self._together = False
+        failed = torch.tensor(own is not None, dtype=torch.int64, device=self._device)
+        count = int(self._group.all_reduce(failed))
+        if 0 < count < self.size:
+            told = self._group.gather(None if own is None else _told(own, self))
+            raise next(error for error in told if error is not None) from own
+        self._together = count == 0
 
 
 def _told(error: Exception, group: Group) -> Exception:

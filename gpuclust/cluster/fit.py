@@ -16,7 +16,7 @@ from gpuclust.arithmetic import full_precision
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Backend, Problem, WholeFit
 from gpuclust.cluster.cosine import HALF, unit_means
-from gpuclust.cluster.distributed import Block, Group, OneProcess, in_all, require_same
+from gpuclust.cluster.distributed import Block, Group, OneProcess, heard, in_all, require_same
 from gpuclust.cluster.dual import Dual, Ending
 from gpuclust.cluster.hartigan import improve
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances, numbered
@@ -145,10 +145,10 @@ def fit_kmeans(
     MemoryLimitError
         If ``memory_limit`` is less than the fit takes at least.
     """
-    d, device, group = source.shape[1], source.device, group or OneProcess()
+    d, device = source.shape[1], source.device
     watch = _Watch(device)
     _keep_freed_memory(device)
-    with full_precision(device), relief(device) as room:
+    with full_precision(device), relief(device) as room, heard(group or OneProcess(), device) as group:
         # Others wait for what a process repeats, where repeating is more than a pass: then it is not repeated.
         alone = room.run if group.size == 1 else lambda attempt: attempt()
         require_same(

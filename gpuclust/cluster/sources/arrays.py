@@ -109,7 +109,11 @@ def require_rows(given: torch.Tensor | np.ndarray, name: str) -> None:
 def _from_numpy(x: Any) -> np.ndarray:
     if hasattr(x, "__array__") and hasattr(x, "to_numpy"):
         array = x.to_numpy()
-        if array.dtype.kind == "O" and hasattr(x, "dtypes"):  # a table of columns of which some may be missing
+        if array.dtype.kind == "O" and hasattr(x, "columns"):
+            # Columns of which some may be missing; dates, and the real parts of complex numbers, would pass as floats.
+            for name, dtype in zip(x.columns, x.dtypes, strict=True):
+                if getattr(dtype, "kind", "O") in "mMc":
+                    raise InputError(f"X must hold numbers; got {dtype} in column {name!r}")
             with contextlib.suppress(TypeError, ValueError):
                 array = x.to_numpy(dtype=np.float64, na_value=np.nan)
     else:

@@ -41,10 +41,9 @@ class HostSource:
     memory_limit : int, optional
         Of the fit; the buffers take at most a quarter of it.
     release : bool
-        Whether the pages of a file are given back.
+        Whether the pages of a file are given back. Where they are not, and the rows are used as they lie, the source
+        is resident.
     """
-
-    resident = False
 
     def __init__(
         self,
@@ -68,6 +67,9 @@ class HostSource:
             self.shape[1] if rows_first or not self._release else min(self.shape[1], max(1, size // _AROUND_BYTES))
         )
         self._unchanged = Unchanged(self.shape[1], 1 if device.type == "cuda" else _SAMPLED)
+        self.resident = self.file is not None and not release and not self.buffer_bytes
+        if self.resident:  # a chunk is a view, however long
+            self._rows = self.shape[0]
 
     @property
     def buffer_bytes(self) -> int:
@@ -86,6 +88,8 @@ class HostSource:
         self._unchanged.compare(checksum)
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
+        if self.resident and self._tensor is not None:
+            return self._tensor.index_select(0, index)
         order = index.cpu().argsort()
         wanted = index.cpu()[order]
         out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device="cpu")

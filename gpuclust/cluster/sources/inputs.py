@@ -119,7 +119,7 @@ def first_chunk(x: Any) -> Any:
         For a generator or another iterator, and for what gives neither chunks nor can be read by index, as a list.
     """
     arrays = ("__array__", "__array_interface__", "__cuda_array_interface__", "__dlpack__", "to_numpy")
-    if isinstance(x, (torch.Tensor, str, bytes, Mapping)) or any(hasattr(x, name) for name in arrays):
+    if isinstance(x, (torch.Tensor, str, bytes, memoryview, Mapping)) or any(hasattr(x, name) for name in arrays):
         return None
     if isinstance(x, Iterator):
         raise InputError(
