@@ -68,12 +68,12 @@ class Gaps:
         self.start, self.passes = _FIRST, 0
         self.gaps = self.before = None
 
-    def keep(self, places: list[int]) -> None:
+    def keep(self, some: list[int]) -> None:
         """Go on with some of the restarts."""
         if self.before is not None:
-            self.before = self.before[places]
+            self.before = self.before[some]
         if self.gaps is not None:
-            self.gaps, self.labels = self.gaps[places], self.labels[places]
+            self.gaps, self.labels = self.gaps[some], self.labels[some]
 
     def assign(self, operand: Operand, labels: torch.Tensor, precision: str) -> int | None:
         """Label all rows in all restarts, ``labels`` (r, n), if gaps pay: how many the reference distance decided, else

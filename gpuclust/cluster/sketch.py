@@ -154,7 +154,7 @@ class Sketches:
         self.start, self.wait, self.passes = _FIRST, 4, 0
         self.lost = self.first = 0.0
 
-    def keep(self, places: list[int]) -> None:
+    def keep(self, some: list[int]) -> None:
         """Go on with some of the restarts: a sketch is of the rows, not of restarts."""
 
     def assign(self, operand: Operand, labels: torch.Tensor, precision: str) -> int | None:

@@ -183,8 +183,7 @@ class Look:
     def least(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The least of scores (r, k, b), and its first index, as float32 (r, b)."""
         least, work = scores.amin(1, keepdim=True), self.work[: scores.numel()].view_as(scores)
-        torch.sub(scores, least, out=work)
-        return least[:, 0], torch.add(self.index, work, alpha=2.0**126, out=work).amin(1).nan_to_num_(0.0, 0.0)
+        return least[:, 0], self._first(torch.sub(scores, least, out=work), work)
 
     def _least(
         self, above: torch.Tensor, reach: torch.Tensor, work: torch.Tensor | None = None
@@ -194,10 +193,13 @@ class Look:
         The least itself counts as ``reach`` and any other as at least 2**-20 of that: float32 (r, b), ``reach`` where
         it is alone, and no number where a score is none.
         """
+        work = torch.empty_like(above) if work is None else work
+        return self._first(above, work), torch.sub(reach, above, out=work).clamp_(min=0).sum(1)
+
+    def _first(self, above: torch.Tensor, work: torch.Tensor) -> torch.Tensor:
+        """The first index of zero in what scores (r, m, b) are above their least, and 0 without one: float32 (r, b)."""
         # What is above the least becomes huge, so that the least of these is the first index of the least score.
-        work = torch.add(self.index[: above.shape[1]], above, alpha=2.0**126, out=work)
-        first = work.amin(1).nan_to_num_(0.0, 0.0)
-        return first, torch.sub(reach, above, out=work).clamp_(min=0).sum(1)
+        return torch.add(self.index[: above.shape[1]], above, alpha=2.0**126, out=work).amin(1).nan_to_num_(0.0, 0.0)
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         """bias + x^ . matrix as float32 (r * k, b), each slice of features summed apart."""
