@@ -90,8 +90,9 @@ class TorchBackend(Plain):
             member = torch.zeros(r * k, moved.numel(), dtype=torch.float64, device=x.device)
             for sign, cluster in signed:
                 member[cluster, column] = sign
+        every = moved.numel() == len(x)
         for part, span in _tiles(moved.numel(), x):
-            terms = _terms(x, moved[part], span, weights, grid)
+            terms = _terms(x, part if every else moved[part], span, weights, grid)
             if member is not None:
                 for level, values in enumerate(terms):
                     target[level, :, span].addmm_(member[:, part], values)
@@ -247,10 +248,10 @@ def _tiles(count: int, x: torch.Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _terms(
-    x: torch.Tensor, rows: torch.Tensor, span: slice, weights: torch.Tensor | None, grid: Grid
+    x: torch.Tensor, rows: slice | torch.Tensor, span: slice, weights: torch.Tensor | None, grid: Grid
 ) -> list[torch.Tensor]:
-    """The chosen rows, a span of their features, as the sums take them: per level, float64 (rows, w) on the grid."""
-    values = x[:, span].index_select(0, rows).double()
+    """Some rows, a span of their features, as the sums take them: per level, float64 (rows, w) on the grid."""
+    values = (x[rows, span] if isinstance(rows, slice) else x[:, span].index_select(0, rows)).double()
     if weights is not None:
-        values *= weights[rows, None]
+        values = values * weights[rows, None]  # not in place: they may be X's own
     return grid.split(values, span.start)
