@@ -23,6 +23,8 @@ _RATES = {"cpu": (150e9, 10e9), "cuda": (50e12, 2e12)}
 _PASSES, _JOINS = 12, 4
 # Bytes moved for each value of the centroids in a pass: means, movement, operands.
 _CENTROID_BYTES = 80
+# Bytes moved for each score in a pass: torch's operations on a CPU go over all of them, kernels keep them.
+_SCORE_BYTES = {"cpu": 40, "cuda": 0}
 # Adding a row to a sum costs as much as so many columns of a product.
 _PER_ADD = 16
 
@@ -97,7 +99,8 @@ def plan(
     products, read = _RATES.get(device.type, _RATES["cpu"])
     clusters, values = restarts * problem.k, n * d
     joins = 2.0 * values * min(problem.k, _PER_ADD) / (products / 2)
-    one_pass = max(2.0 * values * clusters / products, 4 * values / read) + _CENTROID_BYTES * clusters * d / read
+    moved = _CENTROID_BYTES * clusters * d + _SCORE_BYTES.get(device.type, 0) * clusters * n
+    one_pass = max(2.0 * values * clusters / products, 4 * values / read) + moved / read
     primal_s = _PASSES * one_pass + _JOINS * restarts * joins
     triangle = (1 + 1 / BLOCKS) * n * values / (products / 2)
     iterations = _PASSES * clusters * n * (2.0 * n / (products / 2) + 80 / read)
