@@ -1,4 +1,5 @@
-"""Rows as they are streamed: chunks that come anew, mapped files, and fits that must be the same; rows that change."""
+"""Rows as they are streamed: chunks that come anew, mapped files, and fits that must be the same; rows that change;
+and the memory that tensors take."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from gpuclust import KMeans
 from gpuclust.cluster.backends.base import Problem
@@ -97,3 +99,12 @@ class Changing(TensorSource):
 
 def reorder(x: torch.Tensor) -> None:
     x.copy_(x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))])
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that the tensors which a call makes hold at any time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(held.max(initial=0))

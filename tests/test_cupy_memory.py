@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_limit import peak_bytes
+from cases_rows import peak_bytes
 
 from gpuclust.cluster.backends import cupy_wide
 from gpuclust.cluster.backends.cupy import CupyBackend

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases_cluster import rows
-from cases_rows import mapped, same
-from torch.profiler import ProfilerActivity, profile
+from cases_rows import mapped, peak_bytes, same
 
 from gpuclust import KMeans
 from gpuclust.cluster.backends.base import Problem
@@ -43,15 +42,6 @@ CASES: dict[str, tuple[tuple[int, int, int, int], torch.dtype, dict[str, Any]]] 
 }
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that the tensors which a call makes hold at any time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        call()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return int(held.max(initial=0))
-
-
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_fit_stays_within_its_limit(case: str, limit: str) -> None:
@@ -74,9 +64,8 @@ def test_a_fit_stays_within_its_limit(case: str, limit: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize(("n", "d", "k"), [(400_000, 32, 100), (1000, 50_000, 5)], ids=["narrow", "wide"])
-@pytest.mark.parametrize("backend", ["torch", "triton", "cupy"])
+@pytest.mark.parametrize("backend", ["torch", "triton", pytest.param("cupy", marks=pytest.mark.nvrtc)])
 def test_a_fit_on_a_gpu_stays_within_its_limit(backend: str, n: int, d: int, k: int, limit: str) -> None:
-    pytest.importorskip(backend)
     x = rows("relu", n, d).cuda()
     needs = primal_needs(Problem(n, d, k, x.dtype, x.device, restarts=3), n)
     allowed = LIMITS[limit](needs, 3)
