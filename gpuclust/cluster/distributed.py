@@ -225,18 +225,20 @@ class _Asking:
         self._together = True
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        self.ask()
-        self._together = False
-        result = self._group.all_reduce(tensor, op)
-        self._together = True
-        return result
+        with self._asked():
+            return self._group.all_reduce(tensor, op)
 
     def gather(self, item: Any) -> list[Any]:
+        with self._asked():
+            return self._group.gather(item)
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """A call that all make, where nobody has failed; one that fails itself leaves nobody to ask."""
         self.ask()
         self._together = False
-        items = self._group.gather(item)
+        yield
         self._together = True
-        return items
 
     def ask(self, own: Exception | None = None) -> None:
         """Raise the error of the lowest rank that has one, unless all have; ``own`` is that of this process."""

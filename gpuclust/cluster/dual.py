@@ -107,7 +107,7 @@ class Dual:
                 centres = centres.keep(staying)
                 labels, masses, counts = labels[staying], masses[staying], counts[staying]
                 active = [active[i] for i in staying]
-            last = passes >= self.lloyd.max_iter
+            last = passes >= self.lloyd.limits.max_iter
             moved = self._update(centres, labels, masses, counts, last)
             for restart, (shift, _) in zip(active, moved, strict=True):
                 shifts[restart].append(shift)
@@ -233,7 +233,7 @@ class Dual:
         self, centres: Centres, labels: torch.Tensor, masses: torch.Tensor, counts: torch.Tensor, last: bool
     ) -> list[tuple[float, bool]]:
         """Centroids become the means of their rows: for each restart how far they moved, and whether less than tol."""
-        (r, k), tol = masses.shape, self.lloyd.tol
+        (r, k), tol = masses.shape, self.lloyd.limits.tol
         every, scale = list(range(k)), self.gram.scale
         empty = (masses == 0).any(1).tolist()
         # By the primal's own rule, on true centroids.

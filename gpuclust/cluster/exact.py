@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpuclust.cluster.backends.base import SLICE, Bounded, Candidates
+from gpuclust.cluster.backends.base import SLICE, UNREACHED, Bounded, Candidates
 from gpuclust.cluster.sources.base import block_rows
 from gpuclust.cluster.sums import tree_sum
 
@@ -322,7 +322,7 @@ def bounded(
     """The operand of centroids (r, k, d) with these biases, slopes and margins, float64 (r * k,)."""
     high, low = bias + margin * INFLATE, bias - margin * INFLATE
     repeated = repeated_in(centroids, bias)
-    high, low = (part.masked_fill(repeated, torch.finfo(torch.float32).max) for part in (high, low))
+    high, low = (part.masked_fill(repeated, UNREACHED) for part in (high, low))
     high, low, slope = (part.float()[:, None] for part in (high, low, slope * INFLATE))
     return Bounded(centroids, shift, scale, matrix, high, low, slope)
 

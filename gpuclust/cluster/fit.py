@@ -243,7 +243,7 @@ def fit_kmeans(
             ended: list[Ending | Solution] = []
             if dual:
                 watch.lap("seed_s")
-                story = Story(tell, restarts, unit, lloyd.tol) if tell else None
+                story = Story(tell, restarts, unit, lloyd.limits.tol) if tell else None
                 endings, found = alone(partial(dual.run, rows or given, story))
                 ended += endings
             else:
@@ -251,7 +251,7 @@ def fit_kmeans(
                 for i, place in enumerate(centroids):
                     place.copy_(take_rows(source, block, torch.tensor(rows[i], device=device)) if rows else given[i])
                 watch.lap("seed_s")
-                found = lloyd.run(centroids, Story(tell, restarts, unit, lloyd.tol) if tell else None)
+                found = lloyd.run(centroids, Story(tell, restarts, unit, lloyd.limits.tol) if tell else None)
                 ended += found
             watch.lap("iterate_s")
             if tell:

@@ -47,6 +47,8 @@ class Gaps:
         Passes since the oldest of the gaps were found.
     reach : float
         No distance of a row to a centroid was longer in these passes, in the operand's scale.
+    slack : float
+        What a gap must be above in this pass.
     """
 
     gaps: torch.Tensor | None
@@ -54,6 +56,7 @@ class Gaps:
     before: torch.Tensor | None
     aged: int
     reach: float
+    slack: float
 
     def __init__(
         self, backend: Backend, source: ChunkSource, moments: Moments, norms: torch.Tensor, spare_bytes: int
@@ -84,7 +87,7 @@ class Gaps:
             return None
         before, self.before = self.before, operand.centroids.clone()
         # Equal centroids, of which a pass sees one, may part.
-        repeated = bool((operand.high == torch.finfo(torch.float32).max).any())
+        repeated = bool(operand.repeated.any())
         if before is None or self.passes <= self.start or repeated or self._bytes(r, k, d) > self.spare_bytes:
             self.gaps = None
             return None
@@ -93,14 +96,15 @@ class Gaps:
             for gaps, label, step in zip(self.gaps, self.labels, steps, strict=True):
                 gaps.sub_(step.index_select(0, label))
             self.aged += 1
-            slack = self._slack(operand)
-            open_rows = [places((gaps > slack).logical_not_()) for gaps in self.gaps]
+            self.slack = self._slack(operand)
+            open_rows = [places((gaps > self.slack).logical_not_()) for gaps in self.gaps]
             if sum(map(len, open_rows)) <= _WORTH * labels.numel():
                 self.labels = labels.copy_(self.labels)
                 return self._read(open_rows, operand, precision)
         elif self._price(operand, steps) <= _WORTH:
             self.gaps, self.labels = torch.empty(labels.shape, dtype=torch.float32, device=labels.device), labels
             self.aged, self.reach = 0, 0.0
+            self.slack = self._slack(operand)
             return self._read_all(operand, precision)
         self.gaps, self.start = None, self.passes + _WAIT
         return None
@@ -164,9 +168,8 @@ class Gaps:
         """Label rows (b, d), ``labels`` (r, b): their gaps, and how many the reference distance decided."""
         norms = self.norms[which]
         gaps, rechecked = self._see(x, norms, self.moments.dist2[which], operand, labels), 0
-        slack = self._slack(operand)
         for i, (gap, label) in enumerate(zip(gaps, labels, strict=True)):
-            rows = places((gap > slack).logical_not_())
+            rows = places((gap > self.slack).logical_not_())
             if len(rows):
                 found = label.new_empty(1, len(rows))
                 rechecked += int(self.backend.assign(x[rows], norms[rows], operand.alone(i), found, precision))

@@ -51,7 +51,7 @@ def improve(
         The solution, its distances and inertia, as they were where nothing lowers it, and the number of moves.
     """
     source, moments, weights = lloyd.source, lloyd.moments, lloyd.weights
-    moves, sweeps = 0, lloyd.max_iter
+    moves, sweeps = 0, lloyd.limits.max_iter
     if moments.frame.vanishing:
         return best, dist2, inertia, moves
     while True:

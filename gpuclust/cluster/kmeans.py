@@ -95,7 +95,7 @@ class KMeans(Portable, ScikitLearn):
         run at a time and 2 to 32 MiB (on a GPU 32 to 512 MiB) of chunks, a fit takes at most
         ``40 n + d (96 + k (24 + 8 L)) + r (40 n + k d (2 w + 12 + 8 L))`` with the primal solver and
         ``40 n + d (96 + k (32 + 8 L + 3 w)) + 12 n^2 + r (64 n + 32 k n)`` with the dual one, and 40 n + 8 r n more
-        with weights. See `gpuclust.cluster.memory`.
+        with weights; on a GPU the d of the 12 is a multiple of 64. See `gpuclust.cluster.memory`.
 
     Attributes
     ----------

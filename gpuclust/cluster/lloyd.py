@@ -201,8 +201,7 @@ class Lloyd:
         self.relief = relief or Relief(source.device)
         self.backend, self.source, self.moments, self.group = backend, source, moments, group
         self.weights, self.chunk_rows = weights, chunk_rows
-        self.max_iter, self.tol, self.precision = max_iter, tol, precision
-        self.limits = Limits(max_iter, tol)
+        self.limits, self.precision = Limits(max_iter, tol), precision
         self.norms = moments.frame.norms(moments.dist2)
         # T of `inertia`; here, since all processes add it up together.
         self.spread = moments.spread if weights is None else total(moments.dist2, weights.values, moments.block)
@@ -285,7 +284,7 @@ class Lloyd:
             if does == EMPTY:
                 shift = self.update(centroids, labels, sums[:, i], masses[i])
                 shifts[restart].append(shift)
-                front.course.closing[i] = shift <= self.tol or passes >= self.max_iter
+                front.course.closing[i] = shift <= self.limits.tol or passes >= self.limits.max_iter
                 front.course.does[i] = MOVES
         self.shortcut.keep(moving)
         return front.keep(moving)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.backends.tile import PIECE, up
 from gpuclust.cluster.sums import levels_of
 from gpuclust.config import environment, show_bytes
 from gpuclust.errors import MemoryLimitError
@@ -31,8 +32,6 @@ from gpuclust.errors import MemoryLimitError
 _WORK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 _PER_CHUNK_BYTE = 16
 _MOST_HALVINGS = 4
-# Features of a piece of a GPU's operands.
-_PIECE = 64
 # The share of a limit that it may take where that leaves too little for more restarts.
 _WORK_SHARE = 2
 _DEFAULT_BYTES, _DEFAULT_SHARE = 256 << 20, 10
@@ -95,7 +94,7 @@ def primal_needs(problem: Problem, n: int, lightest: float | None = None) -> Nee
     d, k, value, sums = problem.d, problem.k, *_values(problem, lightest)
     rows, weighted = _rows(problem, n)
     fixed = rows + d * (96 + k * (24 + sums))
-    read = d if problem.device.type == "cpu" else -(-d // _PIECE) * _PIECE
+    read = d if problem.device.type == "cpu" else up(d, PIECE)
     restart = (40 + weighted) * n + k * (d * (2 * value + sums) + 12 * read)
     return Needs(fixed, restart, work_bytes(problem.device))
 

@@ -6,6 +6,7 @@ Problem -> choice -> launch are three separate things: a `Problem` is plain data
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 # Products are summed over at most so many features before these partial sums are added: the worst-case error of a
 # float32 sum grows with its length, so the bound of `gpuclust.cluster.exact` stays narrow for any width.
 SLICE = 1024
+# Both ends of the score of a centroid that equals an earlier one, which wins every tie.
+UNREACHED = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,11 @@ class Bounded(Operand):
     high: torch.Tensor
     low: torch.Tensor
     slope: torch.Tensor
+
+    @property
+    def repeated(self) -> torch.Tensor:
+        """Which centroids equal an earlier one of their restart, as far as was found, bool (r * k, 1): out of reach."""
+        return self.high == UNREACHED
 
     def alone(self, restart: int) -> Bounded:
         """Of one restart."""
@@ -237,6 +245,11 @@ class Backend(Rows, Protocol):
             Whether a restart made a step, and the sum of the squared movements of its centroids.
         """
         ...
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """For libraries that compute on the current device and stream: those of the rows."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @runtime_checkable

@@ -14,12 +14,11 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from gpuclust.cluster.backends.base import Problem
+from gpuclust.cluster.backends.base import Problem, current
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.cluster.lloyd import distances
 from gpuclust.cluster.moments import largest_per_column
@@ -97,8 +96,7 @@ class CumlBackend(TorchBackend):
         starts: list[Any] = [_INITS[init]] if isinstance(init, str) else [given.contiguous() for given in init]
         best: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, int] | None = None
         for start_with in starts:
-            # cuML computes on the current device.
-            with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            with current(x.device):
                 centroids, labels, n_iter = self._run(
                     x,
                     weights,

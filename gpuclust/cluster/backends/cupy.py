@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from gpuclust.cluster.backends.base import Operand, Problem
-from gpuclust.cluster.backends.cupy_rows import RowKernels
+from gpuclust.cluster.backends.cupy_rows import WIDE, RowKernels
 from gpuclust.cluster.backends.cupy_rows import strided as _rows
 from gpuclust.cluster.backends.cupy_wide import WideLook
-from gpuclust.cluster.backends.looks import WIDE, Looks
+from gpuclust.cluster.backends.looks import Looks
 from gpuclust.cluster.backends.probe import differs
 from gpuclust.cluster.backends.tile import MOST_PARTS, Tile
 from gpuclust.cluster.backends.tile import blocks as _blocks

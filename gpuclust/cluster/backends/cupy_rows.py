@@ -10,6 +10,8 @@ from gpuclust.cluster.backends.tile import MOST_PARTS, blocks
 from gpuclust.cluster.sums import Grid
 
 _ROW = {torch.float16: "Float16", torch.bfloat16: "BFloat16", torch.float32: "float", torch.float64: "double"}
+# Of centroids.
+WIDE = {torch.float32: "float", torch.float64: "double"}
 _THREADS = 256
 # Wider rows are summed by a block each, others by a warp; as in the kernel.
 _NARROW = 4096
@@ -46,12 +48,12 @@ class RowKernels:
 
     def dist2(self, x: torch.Tensor, centroids: torch.Tensor, which: torch.Tensor | None = None) -> torch.Tensor:
         n, d = x.shape
-        centroids = centroids if centroids.dtype in (torch.float32, torch.float64) else centroids.float()
+        centroids = wide(centroids)
         which = None if which is None else which.int().contiguous()
         out = torch.empty(n, dtype=torch.float64, device=x.device)
         group = 32 if d <= _NARROW else _THREADS
         grid = min(blocks(n, _THREADS // group), 4 * self.launch.blocks(x.device))
-        given = (*self._options(x), f"-DGROUP={group}", f"-DCENTRE={_ROW[centroids.dtype]}")
+        given = (*self._options(x), f"-DGROUP={group}", f"-DCENTRE={WIDE[centroids.dtype]}")
         self.launch(
             x.device,
             "dist2.cu",
@@ -61,7 +63,7 @@ class RowKernels:
             _THREADS,
             0,
             *strided(x),
-            centroids.contiguous(),
+            centroids,
             which,
             out,
         )
@@ -71,6 +73,11 @@ class RowKernels:
     def _options(x: torch.Tensor) -> tuple[str, ...]:
         """For the compiler."""
         return (f"-DROW={_ROW[x.dtype]}",)
+
+
+def wide(centroids: torch.Tensor) -> torch.Tensor:
+    """Centroids as kernels take them; those of a fitted model may be of another type than its rows' would be."""
+    return (centroids if centroids.dtype in WIDE else centroids.float()).contiguous()
 
 
 def strided(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gpuclust.cluster.backends.base import Operand
+from gpuclust.cluster.backends.cupy_rows import WIDE, wide
 from gpuclust.cluster.backends.split import Split
 from gpuclust.cluster.backends.tile import PIECE, Tile, blocks
 from gpuclust.cluster.exact import FLOAT16, SPLIT, Bound, Frame
@@ -15,7 +16,6 @@ from gpuclust.cluster.exact import FLOAT16, SPLIT, Bound, Frame
 # Threads that go across the features of a centroid, of many and of few.
 _THREADS = {True: 1024, False: 128}
 _MANY = 4096
-WIDE = {torch.float32: "float", torch.float64: "double"}
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Looks(Operand):
     @classmethod
     def of(cls, launch: Any, frame: Frame, centroids: torch.Tensor, dtype: torch.dtype, tile: Tile) -> Looks:
         """The centroids (r, k, d) for rows of ``dtype``."""
-        # Of a fitted model they may be of another type than those of rows of ``dtype`` would be.
-        centroids = (centroids if centroids.dtype in WIDE else centroids.float()).contiguous()
+        centroids = wide(centroids)
         (r, k, d), device = centroids.shape, centroids.device
         columns, width = tile.padded(k), tile.width(d)
         bound, fine = frame.bound(dtype, FLOAT16), frame.bound(dtype, SPLIT)

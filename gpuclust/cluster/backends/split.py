@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gpuclust.cluster.backends.base import SLICE, Operand
-from gpuclust.cluster.backends.tile import up
+from gpuclust.cluster.backends.tile import blocks, up
 from gpuclust.cluster.exact import Bound
 
 # As in the kernel: features of a piece, open rows of a block, and centroids that warps side by side have each.
@@ -46,7 +46,7 @@ class Split(Operand):
         """Room for centroids (r, k, d), which ``prepare.cu`` fills."""
         (r, k, d), device = centroids.shape, centroids.device
         warps = 1 if k <= _CENTROIDS else 2 if k <= 2 * _CENTROIDS else 4
-        columns, pieces = up(k, warps * _CENTROIDS), -(-d // _DEPTH)
+        columns, pieces = up(k, warps * _CENTROIDS), blocks(d, _DEPTH)
         return cls(
             centroids,
             bound.shift,

@@ -15,14 +15,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any
 
 import torch
 
-from gpuclust.cluster.backends.base import Bounded, Operand, Problem
+from gpuclust.cluster.backends.base import Bounded, Operand, Problem, current
 from gpuclust.cluster.backends.plain import Plain
 from gpuclust.cluster.backends.probe import differs
 from gpuclust.cluster.backends.torch import propose
@@ -135,7 +134,7 @@ class TritonBackend(Plain):
     def propose(self, x: torch.Tensor, norms: torch.Tensor, operand: Cascade, labels: torch.Tensor) -> torch.Tensor:
         """Label the rows (b, d) by their scores in float16, and say which labels are not certain: int8 (r, b)."""
         uncertain = torch.ones(labels.shape, dtype=torch.int8, device=x.device)
-        with _on(x.device):
+        with current(x.device):
             _kernels("assign").assign(x, norms, operand, operand.unit, labels, uncertain)
         return uncertain
 
@@ -152,7 +151,7 @@ class TritonBackend(Plain):
     ) -> None:
         if changed is not None:
             changed += plus.shape[1] if minus is None else (plus != minus).sum(1)
-        with _on(x.device):
+        with current(x.device):
             _kernels("accumulate").accumulate(x, weights, grid.constants, plus, minus, sums, counts)
 
 
@@ -181,11 +180,6 @@ def _interpreter_problem() -> str | None:
     if old and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
         return f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and this is {numpy.__version__}"
     return None
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device and stream: those of the rows."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
