@@ -8,24 +8,22 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from gpuclust.arithmetic import seeded
+from gpuclust.capture.dry import give_back
 from gpuclust.capture.layers import Layer, choose_layers
 from gpuclust.capture.memory import MemoryPlan
 from gpuclust.capture.models import load_network
-from gpuclust.capture.store import LayerStore
-from gpuclust.capture.stream import ActivationStream
+from gpuclust.capture.steps import LayerRows
 from gpuclust.compare.result import LayerResult
 from gpuclust.compare.scores import chance_levels, compare
 from gpuclust.compare.similarity import geometry
-from gpuclust.config import read_options
-from gpuclust.errors import InputError, users_code
+from gpuclust.config import read_options, show_bytes
+from gpuclust.errors import InputError, first_line, is_out_of_memory
 from gpuclust.prepare import Setup, find_images, find_in, find_network, in_memory, peak_bytes, prepare, start_peak
 from gpuclust.progress import Progress
 from gpuclust.report import Report, Samples
@@ -90,14 +88,9 @@ def analyze(
         if missing:
             setup.plan(missing).require()
             folder.begin(identity)
-            samples, stores, capture_s = capture(setup, missing, bar)
-            folder.keep_samples(samples, images.describe())
-        values = sum(layer.values for layer in missing)
-        for i, layer in enumerate(layers):
-            if i not in done:
-                bar.layer(layer.name, i, len(layers))
-                done[i] = study(setup, layer, stores.pop(layer.name), samples, capture_s * layer.values / values)
-                folder.keep_result(i, done[i])
+        for i, result in cluster_layers(setup, missing, folder, bar):
+            done[i] = result
+            folder.keep_result(i, result)
     assert folder.samples is not None
     assert folder.images is not None
     sizes = np.bincount(folder.samples.labels, minlength=len(images.classes))
@@ -128,58 +121,66 @@ def plan(model: Any, data: Any, **options: Any) -> MemoryPlan:
         return setup.plan(setup.layers)
 
 
-def capture(setup: Setup, layers: Sequence[Layer], bar: Progress) -> tuple[Samples, dict[str, LayerStore], float]:
-    """One pass over the images: the samples, the rows of each layer by name, and the seconds it took.
+def cluster_layers(
+    setup: Setup, missing: Sequence[Layer], folder: RunFolder, bar: Progress
+) -> Iterator[tuple[int, LayerResult]]:
+    """The result of each missing layer, with its index among all, in the order of the plan's steps.
 
-    The rows are written where they stay, on the device, batch by batch.
+    Where memory runs out (another process may have taken it) what is left is planned again for less; the layers' rows
+    are then captured anew, and a note of the results says so.
     """
-    started = time.perf_counter()
-    images, network = setup.images, setup.network
-    stores = {
-        layer.name: LayerStore(images.n, layer.values, setup.dtype, setup.device, name=layer.name) for layer in layers
-    }
-    labels, paths, thumbs = [], list[str](), list[bytes]()
-    batches = images.batches(network.transform, setup.batch_size, setup.settings.workers)
-    with ActivationStream(network.module, layers) as stream, closing(bar.images(batches, images.n)) as counted:
-        for index, batch in enumerate(counted):
-            if layers:
-                pixels = batch.images.to(setup.device, setup.input_dtype)
-                # Seeded for a network that draws random numbers.
-                with users_code(f"{network.name} on {len(batch)} images raised"), seeded(setup.settings.seed + index):
-                    stream.forward(pixels, lambda layer, activation: stores[layer.name].append(activation))
-            labels.append(batch.labels)
-            paths += batch.paths
-            thumbs += batch.thumbs
-    for store in stores.values():
-        store.finish()
-    return (
-        Samples(tuple(paths), np.concatenate(labels), images.classes, tuple(thumbs)),
-        stores,
-        time.perf_counter() - started,
-    )
+    left, room, note = list(missing), setup.room, ""
+    capture = setup.capture()
+    while left:
+        plan = setup.plan(left, room, kept=capture.kept)
+        plan.require()
+        capture.begin(plan)
+        try:
+            for step in plan.steps:
+                for rows in capture.rows(step, left, bar.images):
+                    samples = capture.samples(setup.images)
+                    folder.keep_samples(samples, setup.images.describe())
+                    index = setup.layers.index(rows.layer)
+                    bar.layer(rows.layer.name, index, len(setup.layers))
+                    result = study(setup, rows, samples, note)
+                    left.remove(rows.layer)
+                    del rows  # and with it the memory, before the next layer comes
+                    yield index, result
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = first_line(error)
+        else:
+            break
+        # Outside of the handler, whose error keeps alive what was allocated.
+        give_back(setup.device)
+        room = room.after_failure(plan.total_bytes)
+        note = f"memory ran out ({failed}): planned again for {show_bytes(room.budget_bytes)}"
 
 
-def study(setup: Setup, layer: Layer, store: LayerStore, samples: Samples, capture_s: float) -> LayerResult:
+def study(setup: Setup, rows: LayerRows, samples: Samples, note: str = "") -> LayerResult:
     """Cluster one layer's rows and compare the clusters with the classes; results in the units of the activations."""
+    layer, source, scale, limit = rows.layer, rows.source, rows.scale, rows.plan.work_bytes
     n, k, classes = len(samples.paths), setup.clusters, len(samples.classes)
     if k > n:
         raise InputError(f"{k} clusters were asked for, and {n} images could be read: ask for at most that many")
-    plan = setup.plan([layer])
     start_peak(setup.device)
     started = time.perf_counter()
     with warnings.catch_warnings():
         # Fewer distinct rows than clusters: a note of the layer says so below.
         warnings.filterwarnings("ignore", "Number of distinct clusters")
-        fit = setup.kmeans(k, plan.work_bytes).fit(store).fit_report_
+        fit = setup.kmeans(k, limit).fit(source).fit_report_
     cluster_s, peak = time.perf_counter() - started, peak_bytes(setup.device)
     labels = fit.labels.cpu().numpy()
     table, match, scores = compare(labels, samples.labels, k, classes)
-    view = geometry(store.rows, fit.labels, k, seed=setup.settings.seed)
-    notes: dict[str, Any] = {}
+    view = geometry(source, fit.labels, k, seed=setup.settings.seed, memory_limit=limit)
+    notes: dict[str, Any] = {"rows": rows.how} if rows.how else {}
+    if note:
+        notes["memory"] = note
     if view.silhouette_n < n:
         notes["silhouette"] = f"of a seeded sample of {view.silhouette_n:,} images"
-    if store.scale != 1.0:
-        notes["scale"] = f"rows are stored times {store.scale:g}; all numbers are of the activations themselves"
+    if scale != 1.0:
+        notes["scale"] = f"rows are stored times {scale:g}; all numbers are of the activations themselves"
     if fit.notes:
         notes["k-means"] = "; ".join(fit.notes)
     if (found := len(np.unique(labels))) < k:
@@ -190,23 +191,23 @@ def study(setup: Setup, layer: Layer, store: LayerStore, samples: Samples, captu
         kind=layer.kind,
         shape=layer.shape,
         n=n,
-        d=layer.values,
+        d=source.shape[1],
         k=k,
         labels=labels,
-        dist2=fit.dist2.cpu().numpy() / store.scale**2,
+        dist2=fit.dist2.cpu().numpy() / scale**2,
         table=table,
         match=match,
-        projection=view.projection / np.float32(store.scale),
+        projection=view.projection / np.float32(scale),
         explained=view.explained,
         scores={**scores, "silhouette": view.silhouette},
-        inertia=fit.inertia / store.scale**2,
+        inertia=fit.inertia / scale**2,
         n_iter=fit.n_iter,
         backend=fit.backend,
         solver=fit.solver,
         precision=fit.precision,
         rejected=fit.rejected,
         recheck_share=fit.recheck_share,
-        capture_s=capture_s,
+        capture_s=rows.capture_s,
         cluster_s=cluster_s,
         peak_bytes=peak,
         notes=notes,

@@ -47,6 +47,7 @@ class Options:
     seed: int = 0
     on_bad_image: str = "skip"
     max_pixels: int = 100_000_000
+    spill: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -105,7 +106,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
                 value = tuple(pattern for text in value for pattern in split_names(text))
         elif name == "memory_limit" and isinstance(value, str):
             value = parse_bytes(value)
-        elif name in ("device", "weights"):
+        elif name in ("device", "weights", "spill"):
             value = str(value)
         elif hasattr(value, "__index__") and not isinstance(value, bool):
             value = index(value)

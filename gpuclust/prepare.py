@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import resource
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,25 +19,33 @@ from torch.nn.parameter import is_lazy
 
 from gpuclust import __version__
 from gpuclust.arithmetic import seeded
+from gpuclust.capture.dry import dry_batch
 from gpuclust.capture.images import ImageSource, open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
-from gpuclust.capture.memory import MemoryPlan, make_plan
+from gpuclust.capture.loader import default_workers
+from gpuclust.capture.memory import Forward, MemoryPlan, Room, make_plan
 from gpuclust.capture.models import Network, load_network, with_usual_transform
+from gpuclust.capture.passes import Passes
+from gpuclust.capture.pixels import Pixels, pixel_bytes
+from gpuclust.capture.reduce import Reduction
+from gpuclust.capture.steps import Capture
 from gpuclust.capture.trace import unwrap
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose
 from gpuclust.cluster.backends.base import Problem
-from gpuclust.cluster.solver import plan as plan_solver
 from gpuclust.cluster.sources.inputs import find_device
 from gpuclust.config import Options, command_line, environment
 from gpuclust.doctor import hardware, versions
 from gpuclust.errors import InputError, MemoryLimitError, first_line, is_out_of_memory, users_code
 from gpuclust.free import free_bytes
 
-# Images of one forward pass. A network's rounding depends on it, so it is part of the result: memory never changes it.
-BATCH_SIZE = {"cpu": 32, "cuda": 128}
+# Images of one forward pass, halved until the network's widest activation takes no more than so many bytes. A network's
+# rounding depends on it, so it is part of the result: memory never changes it.
+BATCH_SIZE, _BATCH_BYTES = {"cpu": 32, "cuda": 128}, {"cpu": 64 << 20, "cuda": 512 << 20}
+# What the process takes beside tensors once it runs: stacks of threads, code that is compiled at first use.
+_RESERVE_BYTES = {"cpu": 16 << 20}
 # Options that say how a run goes about it, and nothing about what it finds.
-_INDIFFERENT = ("workers", "memory_limit", "device")
+_INDIFFERENT = ("workers", "memory_limit", "device", "spill")
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,12 @@ class Setup:
     dtype, input_dtype : torch.dtype
         Of the stored rows, and of what the network takes.
     clusters, batch_size : int
-    free_bytes, module_bytes : int
-        Free on the device before the network came there, and what it took.
-    widest : int
-        Values per image of the widest activation of the network.
+    room : Room
+        The memory there was before the network came to the device.
+    module_bytes : int
+        What the network took there.
+    forward : Forward
+        What a dry batch told.
     """
 
     settings: Options
@@ -70,26 +81,37 @@ class Setup:
     input_dtype: torch.dtype
     clusters: int
     batch_size: int
-    free_bytes: int
+    room: Room
     module_bytes: int
-    widest: int
+    forward: Forward
 
-    def plan(self, layers: Sequence[Layer]) -> MemoryPlan:
-        """The memory of a run that captures ``layers``."""
-        return make_plan(
-            self.network.name,
-            layers,
-            self.images.n,
-            dtype=self.dtype,
+    def plan(self, layers: Sequence[Layer], room: Room | None = None, **changes: Any) -> MemoryPlan:
+        """How a run captures and clusters ``layers``; ``changes`` are other arguments of `make_plan`."""
+        given: dict[str, Any] = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "clusters": self.clusters,
+            "n_init": self.settings.n_init,
+            "solver": self.settings.solver,
+            "forward": self.forward,
+            "module_bytes": self.module_bytes,
+            "room": room or self.room,
+        }
+        return make_plan(self.network.name, layers, self.images.n, **{**given, **changes})
+
+    def capture(self) -> Capture:
+        """What carries out a plan."""
+        pixels = Pixels(
+            self.images,
+            self.network.transform,
+            self.batch_size,
             device=self.device,
-            clusters=self.clusters,
-            n_init=self.settings.n_init,
-            batch_size=min(self.batch_size, self.images.n),
-            module_bytes=self.module_bytes,
-            free=self.free_bytes,
-            limit=self.settings.memory_limit or environment().memory_limit,
-            widest=self.widest,
+            dtype=self.input_dtype,
+            workers=self.settings.workers,
+            keep=False,
         )
+        passes = Passes(self.network, pixels, self.settings.seed)
+        return Capture(passes, self.dtype, {layer.name: Reduction() for layer in self.layers}, self.settings.spill)
 
     def kmeans(self, clusters: int, memory_limit: int | None = None) -> KMeans:
         """The estimator of every layer."""
@@ -112,12 +134,9 @@ class Setup:
         UnavailableError
         """
         self.kmeans(1).fit(torch.zeros(1, 1, dtype=self.dtype, device=self.device))
-        limit, settings = self.plan(self.layers).work_bytes, self.settings
         for layer in self.layers:
             sizes = self.images.n, layer.values, self.clusters
-            problem = Problem(*sizes, self.dtype, self.device, False, settings.n_init)
-            choose(settings.backend, problem)
-            plan_solver(problem, limit, asked=settings.solver == "dual").choose(settings.solver)
+            choose(self.settings.backend, Problem(*sizes, self.dtype, self.device, False, self.settings.n_init))
 
     def describe(self, model: Any, data: Any) -> dict[str, Any]:
         """What a report says of the circumstances, for JSON; ``model`` and ``data`` as they were given."""
@@ -196,21 +215,49 @@ def prepare(network: Network, images: ImageSource, settings: Options) -> Iterato
     # On a CPU the network is in memory already, and `free` is without it.
     module_bytes = sum(value.nbytes for value in tensors if value.device != device)
     with placed(module, device):
-        found = find_in(network, example.to(device, input_dtype), settings.seed)
+        example = example.to(device, input_dtype)
+        found = find_in(network, example, settings.seed)
+        layers = choose_layers(found, settings.layers)
+        widest = max(layer.values for layer in found)
+        batch_size = settings.batch_size or usual_batch(device, widest)
+        forward = dry_batch(
+            module,
+            layers,
+            example,
+            min(batch_size, images.n),
+            name=network.name,
+            widest=widest,
+            pixel_bytes=pixel_bytes(network.transform, example),
+            workers=default_workers(images.n) if settings.workers is None else settings.workers,
+        )
+        room = Room(
+            free,
+            settings.memory_limit or environment().memory_limit,
+            free_bytes(torch.device("cpu")) if device.type == "cuda" else 0,
+            shutil.disk_usage(settings.spill).free if settings.spill else 0,
+            _RESERVE_BYTES.get(device.type, 0),
+        )
         yield Setup(
             settings,
             images,
             network,
-            choose_layers(found, settings.layers),
+            layers,
             device,
             getattr(torch, settings.dtype),
             input_dtype,
             clusters,
-            settings.batch_size or BATCH_SIZE[device.type],
-            free,
+            batch_size,
+            room,
             module_bytes,
-            max(layer.values for layer in found),
+            forward,
         )
+
+
+def usual_batch(device: torch.device, widest: int) -> int:
+    """Images of a forward pass where nothing else is said, by the values per image of the widest activation."""
+    kind = device.type if device.type in BATCH_SIZE else "cuda"
+    fitting = max(1, _BATCH_BYTES[kind] // (4 * widest))
+    return min(BATCH_SIZE[kind], 1 << (fitting.bit_length() - 1))
 
 
 @contextmanager

@@ -6,15 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import rich.progress
 from rich.console import Console
 from rich.text import Text
 
-from gpuclust.capture.images import Batch
 
 _REFRESH_S = 0.1
+T = TypeVar("T")
 
 
 class Progress:
@@ -51,13 +51,13 @@ class Progress:
         self._bar.refresh()
         self._bar.stop()
 
-    def images(self, batches: Iterable[Batch], n: int) -> Generator[Batch, None, None]:
-        """The batches, counted."""
+    def images(self, batches: Iterable[T], n: int) -> Generator[T, None, None]:
+        """The batches, counted: whatever has the length of a batch, or tells it as the last of a pair."""
         task = self._bar.add_task("images", total=n, unit="images/s")
         count = 0
         for batch in batches:
             yield batch
-            count += len(batch)
+            count += batch[-1] if isinstance(batch, tuple) else len(batch)  # type: ignore[arg-type]
             self._bar.update(task, completed=count)
             self._draw()
         self._bar.update(task, total=count)

@@ -43,6 +43,8 @@ class HostSource:
     release : bool
         Whether the pages of a file are given back. Where they are not, and the rows are used as they lie, the source
         is resident.
+    file : Mapped, optional
+        Behind a tensor, which does not say that it lies in one.
     """
 
     def __init__(
@@ -52,12 +54,13 @@ class HostSource:
         memory_limit: int | None = None,
         *,
         release: bool = True,
+        file: Mapped | None = None,
     ) -> None:
         self.x = x
         self.shape = (int(x.shape[0]), int(x.shape[1]))
         self.dtype = row_dtype(x)
         self.device = torch.empty(0, device=device).device  # with its index
-        self.file = Mapped.of(x)
+        self.file = file or Mapped.of(x)
         self._release = release and self.file is not None
         self._tensor = to_rows(x) if in_place(x) else None
         size = stage_bytes(memory_limit)

@@ -1,0 +1,138 @@
+"""A dry batch: what a forward pass holds at its peak and how long it takes, measured before any image is decoded."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gpuclust.arithmetic import seeded
+from gpuclust.capture.layers import Layer
+from gpuclust.capture.memory import Forward
+from gpuclust.capture.stream import ActivationStream
+from gpuclust.errors import users_code
+
+# Seconds for reading, decoding and resizing one image of usual size in one process.
+_DECODE_S = 0.012
+# Where it cannot be measured: a layer's input, its output and a convolution's own workspace.
+_FORWARD_COPIES = 3
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def dry_batch(
+    module: nn.Module,
+    layers: Sequence[Layer],
+    example: Tensor,
+    batch_size: int,
+    *,
+    name: str,
+    widest: int,
+    pixel_bytes: int,
+    workers: int,
+    measured: bool = True,
+) -> Forward:
+    """Run the network on a batch of random numbers, twice: the second time is measured.
+
+    Parameters
+    ----------
+    module, layers
+        The network on its device, and what will be captured.
+    example
+        One image ``(1, c, h, w)`` as the network takes it, on the device.
+    name
+        The network's, for messages.
+    widest
+        Values per image of the network's widest activation.
+    pixel_bytes
+        Of one image between passes.
+    workers
+        Processes that decode.
+    measured
+        Whether to run it; else the peak is what the sizes say, and the seconds are 0.
+    """
+    device, reach = example.device, dict[str, float]()
+    images = batch_size * example[0].numel() * example.element_size()
+    decode_s = _DECODE_S / max(1, workers)
+    if not measured or not layers:
+        peak = _FORWARD_COPIES * batch_size * widest * 4 + images
+        return Forward(batch_size, peak, 0.0, reach, pixel_bytes, decode_s)
+
+    def run() -> float:
+        started = time.perf_counter()
+
+        def arrive(layer: Layer, _: Tensor) -> None:
+            _wait(device)
+            reach[layer.name] = time.perf_counter() - started
+
+        with ActivationStream(module, layers) as stream, seeded(0):
+            batch = torch.rand(batch_size, *example.shape[1:], device=device).to(example.dtype)
+            with users_code(f"{name} on {batch_size} images raised"):
+                stream.forward(batch, arrive)
+        _wait(device)
+        return time.perf_counter() - started
+
+    run()  # compiles what is compiled at first use
+    before = _begin_peak(device)
+    seconds = run()
+    peak = _peak(device)
+    held = peak - before if peak and before else _FORWARD_COPIES * batch_size * widest * 4 + images
+    give_back(device)
+    return Forward(
+        batch_size,
+        max(held, images),
+        seconds,
+        {layer: at / seconds for layer, at in reach.items()},
+        pixel_bytes,
+        decode_s,
+    )
+
+
+def give_back(device: torch.device) -> None:
+    """Give memory that was freed back to the system, as far as it can be."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
+
+
+def _begin_peak(device: torch.device) -> int:
+    """Begin to watch the peak of memory: what is held now; 0 where it cannot be watched."""
+    give_back(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        _CLEAR.write_text("5")
+        return _status("VmRSS")
+    except (OSError, ValueError):
+        return 0
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return _status("VmHWM")
+    except (OSError, ValueError):
+        return 0
+
+
+def _status(name: str) -> int:
+    """A number of Linux' status of this process, in bytes."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(name)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,147 @@
+"""Capture: carries out the steps of a plan, each of which gives the rows of some layers, ready to be clustered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpuclust.capture.images import ImageSource
+from gpuclust.capture.layers import Layer
+from gpuclust.capture.memory import LayerPlan, MemoryPlan, Step
+from gpuclust.capture.passes import Passes
+from gpuclust.capture.places import Spill, pinned, read_back
+from gpuclust.capture.recompute import Recomputed
+from gpuclust.capture.reduce import Reduction
+from gpuclust.capture.store import LayerStore
+from gpuclust.report import Samples
+
+Watch = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """The rows of one layer: a chunk source, what they are multiplied with, and how they came."""
+
+    layer: Layer
+    plan: LayerPlan
+    source: Any
+    scale: float
+    capture_s: float
+    how: str
+
+
+class Capture:
+    """The rows of the layers of a run, step by step.
+
+    Parameters
+    ----------
+    passes : Passes
+    dtype : torch.dtype
+        Of the rows.
+    reductions : mapping of str to Reduction
+        What is kept of the activations of each layer, by its name.
+    spill : str or None
+        Folder for rows that go to disk.
+
+    Attributes
+    ----------
+    kept : bool or None
+        Whether the images are kept on the device; None before the first pass.
+    """
+
+    def __init__(
+        self, passes: Passes, dtype: torch.dtype, reductions: Mapping[str, Reduction], spill: str | None = None
+    ) -> None:
+        self.passes, self.dtype, self.reductions, self.spill = passes, dtype, reductions, spill
+        self.kept: bool | None = None
+        self._labels: list[np.ndarray] = []
+        self._paths, self._thumbs = list[str](), list[bytes]()
+        self._plan: MemoryPlan | None = None
+
+    def begin(self, plan: MemoryPlan) -> None:
+        """The steps that follow are those of this plan."""
+        self._plan = plan
+        if self.kept is None:
+            self.passes.pixels.keep = plan.pixels_bytes > 0
+        elif self.kept and not plan.pixels_bytes:
+            self.passes.pixels.drop()
+            self.kept = False
+
+    def samples(self, images: ImageSource) -> Samples:
+        """The images of the run, in the order of the rows; after the first pass."""
+        return Samples(tuple(self._paths), np.concatenate(self._labels), images.classes, tuple(self._thumbs))
+
+    def rows(self, step: Step, layers: Sequence[Layer], watch: Watch) -> Iterator[LayerRows]:
+        """The rows of each layer of a step, the narrow ones first. Those of one are given back when the next comes.
+
+        ``watch(batches, n)`` sees the batches of a pass over n images go by.
+        """
+        assert self._plan is not None
+        by_name = {layer.name: layer for layer in layers if layer.name in step.layers}
+        if step.place == "recompute":
+            if self.kept is None:
+                self._pass([], {}, watch)
+            for name in step.layers:
+                yield self._recomputed(by_name[name], self._plan)
+            return
+        started, wanted = time.perf_counter(), list(by_name.values())
+        files = {name: Spill(self.spill) for name in by_name} if step.place == "disk" and self.spill else {}
+        stores = {name: self._store(layer, step.place, files.get(name)) for name, layer in by_name.items()}
+        self._pass(wanted, stores, watch, files)
+        for store in stores.values():
+            store.finish()
+        seconds, width = time.perf_counter() - started, sum(store.shape[1] for store in stores.values())
+        for name in step.layers:
+            row, store = self._plan.row(name), stores.pop(name)
+            source: Any = store
+            if step.place != "device":
+                file = files[name].file if name in files else None
+                source = read_back(store, self.passes.pixels.device, row.work_bytes, file)
+            how = {"host": "in page-locked host memory", "disk": "in a file"}.get(step.place, "")
+            share = seconds * store.shape[1] / width
+            yield LayerRows(by_name[name], row, source, store.scale, share, how)
+            del store, source
+
+    def _store(self, layer: Layer, place: str, file: Spill | None) -> LayerStore:
+        d, device = self.reductions[layer.name].values(layer.shape), self.passes.pixels.device
+        n = self.passes.pixels.n or self.passes.pixels.images.n
+        return LayerStore(n, d, self.dtype, device, name=layer.name, place=file or (pinned if place == "host" else None))
+
+    def _pass(
+        self,
+        layers: Sequence[Layer],
+        stores: Mapping[str, LayerStore],
+        watch: Watch,
+        files: Mapping[str, Spill] | None = None,
+    ) -> None:
+        """One pass over the images that fills the stores; the first one keeps what is known of the images."""
+
+        def write(layer: Layer, _: int, activation: Tensor) -> None:
+            stores[layer.name].append(self.reductions[layer.name].apply(activation))
+            if files and (file := files[layer.name].file):
+                file.release()
+
+        if self.kept is not None:
+            for _ in watch(self.passes.again(layers, write), self.passes.pixels.n):
+                pass
+            return
+        self._labels, self._paths, self._thumbs = [], [], []
+        for batch in watch(self.passes.first(layers, write), self.passes.pixels.images.n):
+            self._labels.append(batch.labels)
+            self._paths += batch.paths
+            self._thumbs += batch.thumbs
+        self.kept = self.passes.pixels.keep
+
+    def _recomputed(self, layer: Layer, plan: MemoryPlan) -> LayerRows:
+        started = time.perf_counter()
+        source = Recomputed(
+            self.passes, layer, self.dtype, self.reductions[layer.name], plan.forward.pass_s(plan.n, layer.name)
+        )
+        how = "computed anew in each pass of k-means, since they do not fit the memory"
+        return LayerRows(layer, plan.row(layer.name), source, source.scale, time.perf_counter() - started, how)
