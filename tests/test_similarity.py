@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpuclust.compare import similarity
+from gpuclust.compare import similarity, workspace
 from gpuclust.compare.similarity import geometry, sample_rows
 from gpuclust.errors import InputError
 
@@ -166,7 +166,7 @@ class _Watch(TorchDispatchMode):
 
 def test_no_copy_of_the_rows(monkeypatch):
     rows, labels = _rows(512, 20_000)
-    monkeypatch.setattr(similarity, "_SLICE_BYTES", 1 << 20)
+    monkeypatch.setattr(workspace, "_SLICE_BYTES", {"cpu": 1 << 20})
     with _Watch() as watch:
         got = geometry(rows, labels, 4, seed=0, most=256)
     assert got.projection.nbytes == 512 * 8
@@ -177,7 +177,7 @@ def test_no_copy_of_the_rows(monkeypatch):
 def test_slices_do_not_show(monkeypatch):
     rows, labels = _rows(200, 700, offset=10)
     whole = geometry(rows, labels, 4, seed=0)
-    monkeypatch.setattr(similarity, "_SLICE_BYTES", 1)
+    monkeypatch.setattr(workspace, "_SLICE_BYTES", {"cpu": 1})
     monkeypatch.setattr(similarity, "_TILE", 7)
     sliced = geometry(rows, labels, 4, seed=0)
     np.testing.assert_allclose(sliced.projection, whole.projection, atol=1e-6)

@@ -6,21 +6,17 @@ second copy of the rows is ever made, and they stay on their device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from gpuclust.compare.passes import Picked, Resident, Source
+from gpuclust.compare.workspace import EIGEN_ROWS, KRYLOV_BLOCK, KRYLOV_STEPS, Workspace
 from gpuclust.errors import InputError
 
-# Bytes of float64 values that are converted at a time: a slice of features of the sample, and of the rows projected.
-_SLICE_BYTES = 64 << 20
 # Rows and columns of the Gram matrix that are multiplied at a time: only the blocks on and above the diagonal are.
 _TILE = 512
-# Up to this many rows all eigenvectors are computed; above, the leading two from a Krylov space of 8 x 32 dimensions.
-_EIGEN_ROWS = 512
-_KRYLOV_BLOCK, _KRYLOV_STEPS = 8, 32
 
 
 @dataclass(frozen=True)
@@ -60,13 +56,22 @@ def sample_rows(n: int, most: int, seed: int) -> np.ndarray:
     return np.sort(np.argsort(keys, kind="stable")[:most])
 
 
-def geometry(rows: torch.Tensor, labels: np.ndarray | torch.Tensor, k: int, *, seed: int, most: int = 2048) -> Geometry:
+def geometry(
+    rows: torch.Tensor | Source,
+    labels: np.ndarray | torch.Tensor,
+    k: int,
+    *,
+    seed: int,
+    most: int = 2048,
+    memory_limit: int | None = None,
+) -> Geometry:
     """Principal components and silhouette of the rows of a layer.
 
     Parameters
     ----------
-    rows : torch.Tensor (n, d), floating
-        Any device that has float64, any strides. Nothing of it is copied to the host but the result.
+    rows : torch.Tensor or source (n, d), floating
+        Any device that has float64, any strides. Nothing of it is copied to the host but the result. Of a source whose
+        rows don't lie on the device, `geometry_passes` passes are made.
     labels : integer array or tensor (n,)
         Cluster of each row, 0 to ``k - 1``.
     k : int
@@ -77,56 +82,79 @@ def geometry(rows: torch.Tensor, labels: np.ndarray | torch.Tensor, k: int, *, s
         Rows of the sample. With ``n <= most`` everything is exact; otherwise the silhouette is that of the sample, as
         ``sklearn.metrics.silhouette_score(rows[sample], labels[sample])`` with ``sample_rows(n, most, seed)``, and
         the components are fitted to the sample and all rows projected on them.
+    memory_limit : int, optional
+        Bytes that may be held at a time beside the rows (and what their source holds for a pass, of chunks that need
+        not be longer than a block), `geometry_bytes` at least. By default, what one pass over the sample needs.
 
     Returns
     -------
     Geometry
-        The same bits for the same arguments on one kind of device and number of threads. The sign of a component is
+        The same bits for the same rows, labels, k, seed and most on one kind of device and number of threads, wherever
+        the rows lie, whatever their chunks and the limit. The sign of a component is
         such that the sampled row farthest out on it lies on the positive side.
 
     Raises
     ------
     InputError
         If the shapes do not fit or there are no rows.
+    MemoryLimitError
+        If the limit leaves too little room.
 
     Notes
     -----
-    Workspace is 160 MiB at most beside 24 bytes per pair of sampled rows (96 MiB for 2048). Time is that of multiplying
-    ``min(n, most)`` rows with one another in float64, the precision in which distances between equal and nearly
-    equal rows are still right.
+    `gpuclust.compare.workspace` has the formula of the workspace: about 8 bytes per pair of sampled rows (32 MiB for
+    2048), a slice of features (8 MiB on the CPU, 64 MiB on a GPU) and, where n > most, five vectors of d float64. Time
+    is that of multiplying ``min(n, most)`` rows with one another in float64, the precision in which distances between
+    equal and nearly equal rows are still right.
+
+    The Gram matrix of the sample is a sum over slices of the features, so of streamed rows the sample is held so many
+    slices at a time as the limit leaves room for, one pass each. Where all fit they are held until the axes are known;
+    otherwise these, sums over the sampled rows, take one more pass. Where n > most the last pass projects all rows.
     """
-    n, d = rows.shape if rows.ndim == 2 else (0, 0)
+    n, d = rows.shape if len(rows.shape) == 2 else (0, 0)
     labels = torch.as_tensor(labels, device=rows.device).long()
     if not n or not d or labels.shape != (n,) or k < 1 or most < 2:
         raise InputError(
             "geometry takes rows (n, d) with a label each, k of at least 1 and most of at least 2; "
             f"got rows {tuple(rows.shape)}, labels {tuple(labels.shape)}, k={k}, most={most}"
         )
-    index = torch.as_tensor(sample_rows(n, most, seed), device=rows.device)
-    gram = torch.zeros(len(index), len(index), dtype=torch.float64, device=rows.device)
-    for _, part, _ in _slices(rows, index):
-        _add_products(gram, part)
-    gram = gram.triu_() + gram.triu(1).t()
+    source = Resident(rows) if isinstance(rows, torch.Tensor) else rows
+    work = Workspace(n, d, k, source.dtype.itemsize, source.resident, source.device.type, most)
+    index = sample_rows(n, most, seed)
+    gram, sample, means = _sum_products(Picked(source, index, work), work, memory_limit)
     coordinates, explained = _components(gram, seed)
-    if n > len(index):
-        coordinates = _project(rows, index, coordinates)
+    if means is not None:
+        coordinates = _project(Picked(source, None, work), sample, coordinates, means)
+    del sample, means
+    projection = coordinates.float().cpu().numpy()
+    del coordinates
     return Geometry(
-        projection=coordinates.float().cpu().numpy(),
+        projection=projection,
         explained=explained,
-        silhouette=_silhouette(gram, labels[index], k),
+        silhouette=_silhouette(gram, labels[torch.as_tensor(index, device=labels.device)], k),
         silhouette_n=len(index),
     )
 
 
-def _slices(rows: torch.Tensor, index: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Slices of features: which, the sampled rows centred (m, w) and their mean (w,), both float64."""
-    width = max(1, _SLICE_BYTES // (8 * len(index)))
-    for start in range(0, rows.shape[1], width):
-        span = slice(start, start + width)
-        part = rows[:, span]
-        part = (part if len(index) == len(rows) else part[index]).to(torch.float64, copy=True)
-        mean = part.mean(0)
-        yield span, part.sub_(mean), mean
+def _sum_products(
+    sample: Picked, work: Workspace, memory_limit: int | None
+) -> tuple[torch.Tensor, Picked, torch.Tensor | None]:
+    """Gram matrix (m, m) of the centred sample; the sample, as it is read best from now on; and its mean (d,), where
+    other rows are to be centred, too."""
+    device, features = sample.source.device, work.features(memory_limit)
+    if work.holds(memory_limit):
+        sample = sample.held()
+    gram = torch.zeros(work.m, work.m, dtype=torch.float64, device=device)
+    means = torch.empty(work.d, dtype=torch.float64, device=device) if work.sampled else None
+    for span, part, mean in sample.slices(features):
+        _add_products(gram, part)
+        if means is not None:
+            means[span] = mean
+    for start in range(0, work.m, _TILE):
+        block = gram[start : start + _TILE, start:]
+        block[:, : len(block)].copy_(block[:, : len(block)].triu() + block[:, : len(block)].triu(1).t())
+        gram[start + _TILE :, start : start + _TILE] = block[:, _TILE:].t()
+    return gram, sample, means
 
 
 def _add_products(gram: torch.Tensor, part: torch.Tensor) -> None:
@@ -140,7 +168,7 @@ def _components(gram: torch.Tensor, seed: int) -> tuple[torch.Tensor, tuple[floa
     """Coordinates (m, 2) on the first two principal components, and the share of the variance of each."""
     m = len(gram)
     total = gram.diagonal().sum()
-    if m <= _EIGEN_ROWS:
+    if m <= EIGEN_ROWS:
         values, vectors = torch.linalg.eigh(gram)
     else:
         values, vectors = _leading(gram, seed)
@@ -157,10 +185,10 @@ def _components(gram: torch.Tensor, seed: int) -> tuple[torch.Tensor, tuple[floa
 
 def _leading(gram: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ritz values and vectors of a block Krylov space (Musco and Musco 2015); the largest are those of ``gram``."""
-    start = np.random.PCG64(seed).random_raw(len(gram) * _KRYLOV_BLOCK).astype(np.float64) / 2.0**64 - 0.5
-    block = torch.as_tensor(start.reshape(len(gram), _KRYLOV_BLOCK), device=gram.device)
+    start = np.random.PCG64(seed).random_raw(len(gram) * KRYLOV_BLOCK).astype(np.float64) / 2.0**64 - 0.5
+    block = torch.as_tensor(start.reshape(len(gram), KRYLOV_BLOCK), device=gram.device)
     blocks: list[torch.Tensor] = []
-    for _ in range(_KRYLOV_STEPS):
+    for _ in range(KRYLOV_STEPS):
         block = gram @ block
         for earlier in blocks:
             block -= earlier @ (earlier.t() @ block)
@@ -172,18 +200,17 @@ def _leading(gram: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]
     return values, basis @ vectors
 
 
-def _project(rows: torch.Tensor, index: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-    """All rows on the components whose coordinates (m, 2) of the sampled rows are given."""
+def _project(rows: Picked, sample: Picked, coordinates: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """All rows on the components whose coordinates (m, 2) of the sampled rows, of this mean (d,), are given."""
     lengths = coordinates.square().sum(0)
     weights = torch.where(lengths > 0, coordinates / lengths.sqrt().clamp_min(torch.finfo(lengths.dtype).tiny), 0.0)
-    projected = torch.zeros(len(rows), 2, dtype=torch.float64, device=rows.device)
-    for span, part, mean in _slices(rows, index):
-        axes = part.t() @ weights
-        axes /= torch.where(lengths > 0, lengths.sqrt(), 1.0)
-        step = max(1, _SLICE_BYTES // (8 * len(mean)))
-        for start in range(0, len(rows), step):
-            block = rows[start : start + step, span].to(torch.float64, copy=True)
-            projected[start : start + step].addmm_(block.sub_(mean), axes)
+    axes = torch.zeros(len(means), 2, dtype=torch.float64, device=means.device)
+    for start, block in sample.blocks():
+        axes.addmm_(block.sub_(means).t(), weights[start : start + len(block)])
+    axes /= torch.where(lengths > 0, lengths.sqrt(), 1.0)
+    projected = torch.empty(rows.count, 2, dtype=torch.float64, device=means.device)
+    for start, block in rows.blocks():
+        torch.mm(block.sub_(means), axes, out=projected[start : start + len(block)])
     return projected
 
 
