@@ -21,7 +21,7 @@ from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.memory import default_limit, dual_needs, primal_needs
 from gpuclust.cluster.solver import Plan as SolverPlan
 from gpuclust.cluster.solver import plan as plan_solver
-from gpuclust.compare.similarity import geometry_bytes, geometry_passes
+from gpuclust.compare.workspace import geometry_bytes, geometry_passes
 from gpuclust.config import show_bytes
 from gpuclust.errors import MemoryLimitError
 
@@ -382,7 +382,9 @@ class _Maker:
         problem = self._problem(layer)
         primal, dual = primal_needs(problem, self.n), dual_needs(problem, self.n)
         needs = {"primal": [primal], "dual": [dual], "auto": [primal, dual]}[self.solver]
-        view = geometry_bytes(self.n, self._width(layer), self.dtype.itemsize, resident=resident)
+        view = geometry_bytes(
+            self.n, self._width(layer), self.clusters, self.dtype.itemsize, resident=resident, device=self.device.type
+        )
         # More than the rows take is not what a solver is given, as long as there is another.
         able = [one for one in needs if one.least <= self._rows(layer)] or needs[:1]
         ease = max(
@@ -402,7 +404,9 @@ class _Maker:
         )
         if resident:
             return name, seconds, 0
-        view = geometry_passes(self.n, self._width(layer), self.dtype.itemsize, limit)
+        view = geometry_passes(
+            self.n, self._width(layer), self.clusters, self.dtype.itemsize, limit, device=self.device.type
+        )
         return name, seconds + view * pass_s, passes + view
 
     # ---- ways

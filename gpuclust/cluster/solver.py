@@ -44,6 +44,8 @@ class Plan:
     dual: Share
     refused: str | None
     limited: MemoryLimitError | None = None
+    primal_passes: int = 30
+    dual_passes: int = 8
 
     def __str__(self) -> str:
         if self.refused:
@@ -80,6 +82,7 @@ def plan(
     lightest: float | None = None,
     resident: bool = True,
     asked: bool = False,
+    pass_s: float = 0.0,
 ) -> Plan:
     """The plan for a problem; a row's value is taken to have 4 bytes.
 
