@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from gpuclust import __version__
 from gpuclust.arithmetic import seeded
-from gpuclust.capture.dry import dry_batch
+from gpuclust.capture.dry import counted_batch, dry_batch
 from gpuclust.capture.images import ImageSource, open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
 from gpuclust.capture.loader import default_workers
@@ -44,6 +44,8 @@ from gpuclust.free import free_bytes
 BATCH_SIZE, _BATCH_BYTES = {"cpu": 32, "cuda": 128}, {"cpu": 64 << 20, "cuda": 512 << 20}
 # What the process takes beside tensors once it runs: stacks of threads, code that is compiled at first use.
 _RESERVE_BYTES = {"cpu": 16 << 20}
+# Of a GPU's memory, what is free once a process with torch is there.
+_CARD_SHARE = 0.95
 # Options that say how a run goes about it, and nothing about what it finds.
 _INDIFFERENT = ("workers", "memory_limit", "device", "spill")
 
@@ -70,6 +72,10 @@ class Setup:
         What the network took there.
     forward : Forward
         What a dry batch told.
+    example : Tensor
+        One image ``(1, c, h, w)`` as the network takes it, on the device.
+    widest : int
+        Values per image of the network's widest activation.
     """
 
     settings: Options
@@ -84,6 +90,8 @@ class Setup:
     room: Room
     module_bytes: int
     forward: Forward
+    example: Tensor
+    widest: int
 
     def plan(self, layers: Sequence[Layer], room: Room | None = None, **changes: Any) -> MemoryPlan:
         """How a run captures and clusters ``layers``; ``changes`` are other arguments of `make_plan`."""
@@ -98,6 +106,31 @@ class Setup:
             "room": room or self.room,
         }
         return make_plan(self.network.name, layers, self.images.n, **{**given, **changes})
+
+    def alternatives(self, plan: MemoryPlan) -> MemoryPlan:
+        """The plan, with what it would be for half the bytes per value, and for pooled feature maps."""
+        others = []
+        if self.dtype == torch.float32:
+            others.append(("--dtype float16", self.plan(self.layers, dtype=torch.float16)))
+        if pooled := {layer.name: layer.shape[0] for layer in self.layers if len(layer.shape) == 3}:
+            others.append(("--reduce avgpool", self.plan(self.layers, widths=pooled)))
+        return replace(plan, others=tuple(others))
+
+    def on_card(self, size: int) -> Setup:
+        """The same on a GPU with so many bytes, which need not be there: what a plan needs to know of it."""
+        device = torch.device("cuda", 0)
+        module, example = unwrap(self.network.module), self.example
+        forward = counted_batch(
+            module,
+            self.layers,
+            example,
+            min(self.settings.batch_size or usual_batch(device, self.widest), self.images.n),
+            widest=self.widest,
+            pixel_bytes=self.forward.pixel_bytes,
+        )
+        values = (*module.parameters(), *module.buffers())
+        room = replace(self.room, free_bytes=int(size * _CARD_SHARE), host_bytes=free_bytes(torch.device("cpu")), reserve_bytes=0)
+        return replace(self, device=device, room=room, forward=forward, module_bytes=sum(value.nbytes for value in values))
 
     def capture(self) -> Capture:
         """What carries out a plan."""
@@ -250,6 +283,8 @@ def prepare(network: Network, images: ImageSource, settings: Options) -> Iterato
             room,
             module_bytes,
             forward,
+            example,
+            widest,
         )
 
 

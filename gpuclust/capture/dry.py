@@ -10,15 +10,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpuclust.arithmetic import seeded
 from gpuclust.capture.layers import Layer
+from gpuclust.capture.loader import MAX_WORKERS
 from gpuclust.capture.memory import Forward
 from gpuclust.capture.stream import ActivationStream
 from gpuclust.errors import users_code
 
 # Seconds for reading, decoding and resizing one image of usual size in one process.
 _DECODE_S = 0.012
+# Operations per second of convolutions in full float32, as one H100 does them.
+FLOPS = 30e12
 # Where it cannot be measured: a layer's input, its output and a convolution's own workspace.
 _FORWARD_COPIES = 3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -89,6 +93,28 @@ def dry_batch(
         {layer: at / seconds for layer, at in reach.items()},
         pixel_bytes,
         decode_s,
+    )
+
+
+def counted_batch(
+    module: nn.Module, layers: Sequence[Layer], example: Tensor, batch_size: int, *, widest: int, pixel_bytes: int
+) -> Forward:
+    """What a batch would take on a GPU that is not there, from the operations of one image and its widest activation.
+
+    The seconds are those of a datacenter GPU in full float32: `FLOPS`.
+    """
+    reach: dict[str, float] = {}
+    with FlopCounterMode(display=False) as counter, ActivationStream(module, layers) as stream, seeded(0):
+        stream.forward(example[:1], lambda layer, _: reach.__setitem__(layer.name, float(counter.get_total_flops())))
+    flops = max(1.0, float(counter.get_total_flops()))
+    images = batch_size * example[0].numel() * example.element_size()
+    return Forward(
+        batch_size,
+        _FORWARD_COPIES * batch_size * widest * 4 + images,
+        batch_size * flops / FLOPS,
+        {layer: at / flops for layer, at in reach.items()},
+        pixel_bytes,
+        _DECODE_S / MAX_WORKERS,
     )
 
 

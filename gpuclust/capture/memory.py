@@ -9,7 +9,7 @@ narrow layers are clustered first, so that the widest has the most room. None of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from gpuclust.capture.layers import Layer
 from gpuclust.capture.packing import Item, pack
+from gpuclust.capture.table import show_plan
 from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.memory import default_limit, dual_needs, primal_needs
 from gpuclust.cluster.solver import Plan as SolverPlan
@@ -31,7 +32,6 @@ COPY_RATE, DISK_RATE = 20e9, 0.5e9
 _HOST_SHARE = 0.5
 # Percent of what was planned that is planned with once memory ran out.
 _AFTER_FAILURE = 70
-PLACES = ("device", "host", "disk", "recompute")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,10 @@ class Step:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The passes of a run, their bytes and seconds; made by `make_plan`."""
+    """The passes of a run, their bytes and seconds; made by `make_plan`.
+
+    ``others`` are plans for other options, by what these are on the command line; `str` tells them all.
+    """
 
     network: str
     n: int
@@ -157,6 +160,10 @@ class MemoryPlan:
     room: Room
     module_bytes: int
     pixels_bytes: int
+    others: tuple[tuple[str, MemoryPlan], ...] = ()
+
+    def __str__(self) -> str:
+        return show_plan(self)
 
     @property
     def activations_bytes(self) -> int:
@@ -387,9 +394,10 @@ class _Maker:
         )
         # More than the rows take is not what a solver is given, as long as there is another.
         able = [one for one in needs if one.least <= self._rows(layer)] or needs[:1]
-        ease = max(
-            max(one.fixed + self.n_init * one.restart + one.work, default_limit(problem, self.n, one)) for one in able
-        )
+        ease = max(one.fixed + self.n_init * one.restart + one.work for one in able)
+        # What may be kept to save time, as far as it is of use: an image of the rows, distances of draws.
+        spare = max(default_limit(problem, self.n, one) for one in able) - ease
+        ease += max(0, min(spare, 16 * self.n * (self._width(layer) + 4 * self.n_init)))
         least = max(view, min(one.least for one in needs))
         return least, max(least, ease)
 
