@@ -205,7 +205,7 @@ def test_scores_are_within_their_bounds_of_the_true_distances(
         return plain(self, centres)
 
     monkeypatch.setattr(Dual, "_label", label)
-    dual.run([[0, 1, 2, 3], [10, 20, 30, 40], x[4:8].to(dual.dtype) * 1.5])
+    dual.run([[0, 1, 2, 3], [10, 20, 30, 40], x[4:8].to(dual.means.dtype) * 1.5])
     assert len(checked) >= 6
 
 
@@ -338,7 +338,6 @@ def test_the_plan_is_one_line_with_both_solvers() -> None:
     ("given", "reason"),
     [
         ({"memory_limit": 10_000_000}, "beside the rows, of 10 MB"),
-        ({"resident": False}, "streamed"),
         ({"ranks": 3}, "3 processes"),
     ],
 )
@@ -351,15 +350,15 @@ def test_where_it_cannot_run_it_is_refused(given: dict[str, Any], reason: str) -
         costs.choose("dual")
 
 
-def test_the_estimator_takes_it_for_any_data_and_refuses_streams(tmp_path: Any) -> None:
+def test_the_estimator_takes_it_for_any_data_and_for_chunks() -> None:
     x = blobs(np.random.RandomState(0), 300, 4)
     one, other = (KMeans(5, solver=solver, random_state=0, n_init=2).fit(x) for solver in ("dual", "primal"))
     np.testing.assert_array_equal(one.labels_, other.labels_)
     np.testing.assert_array_equal(one.cluster_centers_, other.cluster_centers_)
     assert (one.inertia_, one.n_iter_) == (other.inertia_, other.n_iter_)
     assert one.fit_report_.solver == "dual"
-    with pytest.raises(UnavailableError, match="streamed"):
-        KMeans(5, solver="dual").fit([x[:100], x[100:]])
+    chunked = KMeans(5, solver="dual", random_state=0, n_init=2).fit([x[:100], x[100:]])
+    np.testing.assert_array_equal(chunked.labels_, one.labels_)
     with pytest.raises(UnavailableError, match="beside the rows"):
         KMeans(5, solver="dual", memory_limit=100_000).fit(x)
 

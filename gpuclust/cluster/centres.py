@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -24,6 +25,8 @@ from gpuclust.cluster.gram import Gram, U, gamma
 from gpuclust.cluster.lloyd import Weights
 from gpuclust.cluster.moments import Moments, centroid_dtype
 
+# What is kept in lists, one thing for each restart.
+_LISTS = ("starts", "known")
 _MORE = 1 + 2.0**-20
 
 
@@ -69,6 +72,8 @@ class Centres:
         N, at least ||c~||.
     home : int32 (r, n)
         The cluster in whose mean each row is; -1 in a restart whose centroids are given.
+    starts : list
+        For each restart the given centroids (k, d), or the numbers of the rows that they are; None where they moved.
     known : list of dict
         For each restart the true centroids (d,) that were needed.
     repeated : bool (r, k)
@@ -84,6 +89,7 @@ class Centres:
     delta: torch.Tensor
     reach: torch.Tensor
     home: torch.Tensor
+    starts: list[list[int] | torch.Tensor | None]
     known: list[dict[int, torch.Tensor]]
     repeated: torch.Tensor
 
@@ -94,6 +100,7 @@ class Centres:
             inner=torch.empty(r, k, n, dtype=torch.float64, device=device),
             **{name: table.clone() for name in ("error", "mass", "square", "slope", "margin", "delta", "reach")},
             home=torch.full((r, n), -1, dtype=torch.int32, device=device),
+            starts=[None] * r,
             known=[{} for _ in range(r)],
             repeated=torch.zeros(r, k, dtype=torch.bool, device=device),
         )
@@ -101,14 +108,18 @@ class Centres:
     def keep(self, restarts: list[int]) -> Centres:
         """Some of the restarts, as a copy."""
         index = torch.tensor(restarts, dtype=torch.int64, device=self.inner.device)
-        tables = {one.name: getattr(self, one.name)[index] for one in fields(self) if one.name != "known"}
-        return Centres(known=[self.known[i] for i in restarts], **tables)
+        tables = {one.name: getattr(self, one.name)[index] for one in fields(self) if one.name not in _LISTS}
+        lists: dict[str, Any] = {name: [getattr(self, name)[i] for i in restarts] for name in _LISTS}
+        return Centres(**tables, **lists)
 
-    def place(self, i: int, inner: torch.Tensor, square: torch.Tensor, error: float) -> None:
+    def place(
+        self, i: int, start: list[int] | torch.Tensor, inner: torch.Tensor, square: torch.Tensor, error: float
+    ) -> None:
         """Restart ``i`` has given centroids, with these products (k, n), squares (k,) and relative error of both."""
         length = square.sqrt() * (1 + error) * _MORE
         self.inner[i], self.square[i], self.mass[i], self.reach[i] = inner, square, 1.0, length
         self.error[i], self.delta[i], self.home[i] = error * length, 0.0, -1
+        self.starts[i], self.known[i] = start, {}
         self._bound(i, error * length.square())
 
     def move(
@@ -135,6 +146,7 @@ class Centres:
             torch.mm(member.view(r * k, n), gram.values, out=self.inner.view(r * k, n))
             self.error = (gram.error + gamma(n + 8)) * lengths
         self.home.copy_(labels)
+        self.starts = [None] * r
         self.mass = masses.clone()
         inner = self.inner.gather(1, labels.long()[:, None])[:, 0]
         self.square = per_cluster(inner if weights is None else inner * weights, labels, k) / self.mass.square()

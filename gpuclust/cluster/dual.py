@@ -10,7 +10,8 @@ reference distance of both is within (log2 d + 4) 2**-53 of exact, relatively (`
 what squares lose below the normal range, less than d 2**-110 with the largest value near 1. Every centroid whose score
 less this bound is not above the least of score plus bound stays a candidate. Where one is left it is certain; what is
 not is decided by the reference distance to the true centroids, which are then made, for these clusters alone, by the
-primal's own sums of their rows, and kept as long as no row moves.
+primal's own sums of their rows, and kept as long as no row moves and memory allows. The rows that restarts begin with
+are their first true centroids; they are read where they decide something.
 
 **Ends.** Restarts end when labels repeat, which needs no centroid, or by ``tol``: the movement of the true centroids is
 within delta of both ends of that of the means; where this interval holds ``tol``, true centroids decide. An empty
@@ -21,31 +22,38 @@ that can be the best by its inertia and the bound of that, once for each partiti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from gpuclust.cluster.backends.base import Candidates
 from gpuclust.cluster.centres import Centres, Rounding, per_cluster
+from gpuclust.cluster.distributed import Block
 from gpuclust.cluster.exact import decide, repeated_in
 from gpuclust.cluster.gram import Gram, U, gamma
 from gpuclust.cluster.lloyd import Lloyd, Solution, numbered
-from gpuclust.cluster.moments import centroid_dtype
-from gpuclust.cluster.sources.base import take_rows, tile_rows
+from gpuclust.cluster.means import Means, grouped
+from gpuclust.cluster.relief import relieved
+from gpuclust.cluster.seeding.image import KnownImage, Pixels
 from gpuclust.cluster.sources.checksum import require_unchanged
 from gpuclust.cluster.story import Story
-from gpuclust.cluster.sums import joined
 
 # Values of the scores that are worked on at a time.
 _PIECE_VALUES = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Pairs of a row and a centroid that are decided together.
+_PAIRS = 1 << 17
 # Inertias by the primal's rule differ by less than this share of the spread from exact, and so may those it keeps.
 _ALIKE = 2.0**-34
 
 
 @dataclass(frozen=True)
 class Ending:
-    """Where a restart ended: like `Solution`, without true centroids; ``inertia`` is within ``bound``."""
+    """Where a restart ended: like `Solution`, without true centroids; ``inertia`` is within ``bound``.
+
+    ``mass`` (k,) is of the labels, ``home`` (n,) and ``home_mass`` (k,) of the clusters whose means the centroids are;
+    ``given`` (k, d) are the true centroids where an empty cluster got a row in the last iteration.
+    """
 
     labels: torch.Tensor
     inertia: float
@@ -53,7 +61,9 @@ class Ending:
     n_iter: int
     shifts: tuple[float, ...]
     mass: torch.Tensor
-    centres: Centres
+    home: torch.Tensor
+    home_mass: torch.Tensor
+    given: torch.Tensor | None
 
 
 class Dual:
@@ -63,23 +73,32 @@ class Dual:
     ----------
     lloyd : Lloyd
         The primal solver, whose rows, weights, tolerance and rules these are; its `Work` counts labels of this one.
+    spare_bytes : int
+        For true centroids and rows beside those of one restart, which saves passes over streamed rows.
+    slice_bytes : int
+        For features of all rows that are read in one pass, where the rows are streamed.
+    image : bool
+        Whether the products of the image, by which seeding draws, are found in these passes: `take_image`.
     """
 
-    def __init__(self, lloyd: Lloyd) -> None:
+    def __init__(self, lloyd: Lloyd, spare_bytes: int = 0, slice_bytes: int = 0, *, image: bool = False) -> None:
         self.lloyd, self.source, self.moments, self.weights = lloyd, lloyd.source, lloyd.moments, lloyd.weights
-        self.gram = Gram(lloyd.source, lloyd.moments)
+        pixels = Pixels(lloyd.source, lloyd.moments) if image else None
+        self.gram = Gram(lloyd.source, lloyd.moments, slice_bytes, pixels)
         self.rounding = Rounding(lloyd.moments, lloyd.weights, lloyd.source.dtype)
-        self.dtype = centroid_dtype(lloyd.source.dtype)
+        self.means = Means(lloyd, spare_bytes)
         self.certain = not lloyd.moments.frame.vanishing or lloyd.source.dtype != torch.float64
 
-    def run(
-        self, starts: Sequence[list[int] | torch.Tensor], story: Story | None = None
-    ) -> tuple[list[Ending], list[Solution]]:
-        """Iterate from rows (k numbers) or centroids (k, d) of each restart: where all ended, and what may win."""
+    def take_image(self) -> KnownImage | None:
+        """The image of the rows, where its products were found; it is not kept here."""
+        products, self.gram.image = self.gram.image, None
+        return None if products is None else KnownImage(products)
+
+    def run(self, starts: Sequence[list[int] | torch.Tensor], story: Story | None = None) -> list[Ending]:
+        """Iterate from rows (k numbers) or centroids (k, d) of each restart: where all ended."""
         r, n, device = len(starts), self.source.shape[0], self.source.device
         centres = Centres.empty(r, len(starts[0]), n, device)
-        for i, start in enumerate(starts):
-            self._begin(centres, i, start)
+        self._begin(centres, starts)
         labels = torch.full((r, n), -1, dtype=torch.int32, device=device)
         endings: dict[int, Ending] = {}
         active, closing = list(range(r)), [False] * r
@@ -112,26 +131,40 @@ class Dual:
             for restart, (shift, _) in zip(active, moved, strict=True):
                 shifts[restart].append(shift)
             closing = [last or close for _, close in moved]
-        ordered = [endings[restart] for restart in range(r)]
-        return ordered, self._solutions(ordered)
+        return [endings[restart] for restart in range(r)]
 
-    def _begin(self, centres: Centres, i: int, start: list[int] | torch.Tensor) -> None:
-        """Restart ``i`` begins with rows, whose products are known, or with given centroids (k, d)."""
-        if isinstance(start, torch.Tensor):
-            self._place(centres, i, start)
-            return
-        rows = torch.tensor(start, device=self.source.device)
-        centroids = take_rows(self.source, self.moments.block, rows).to(self.dtype)
-        centres.place(i, self.gram.values[rows], self.gram.dist2[rows], self.gram.error + 2.0**-46)
-        self._know(centres, i, centroids, self.moments.dist2[rows])
+    def _begin(self, centres: Centres, starts: Sequence[list[int] | torch.Tensor]) -> None:
+        """Restarts begin with rows, whose products are known, or with given centroids (k, d)."""
+        alike: list[tuple[int, tuple[int, list[int]]]] = []
+        for i, start in enumerate(starts):
+            if isinstance(start, torch.Tensor):
+                self._place(centres, i, start)
+                continue
+            rows = torch.tensor(start, device=self.source.device)
+            centres.place(i, start, self.gram.values[rows], self.gram.dist2[rows], self.gram.error + 2.0**-46)
+            centres.repeated[i], clusters = self._alike(rows)
+            if clusters:
+                alike.append((len(clusters), (i, clusters)))
+        for group in grouped(alike, centres.mass.shape[1] + self.means.more):
+            self._know(centres, dict(group))
+            for i, clusters in group:
+                values = self._true(centres, i, clusters)
+                square = self.moments.dist2[torch.tensor(starts[i], device=self.source.device)[clusters]]
+                centres.repeated[i, clusters] = repeated_in(values[None], square)
+
+    def _alike(self, rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Which of these rows (k,) come again, bool (k,), and places of others that may be equal to each other."""
+        again = (rows[:, None] == rows).tril_(-1).any(1)
+        square, dist2 = self.gram.dist2[rows], self.moments.dist2[rows]
+        both = square[:, None] + square
+        apart = both - 2 * self.gram.values[rows[:, None], rows] > both * (4 * self.gram.error + 2.0**-38)
+        equal = (apart | (dist2[:, None] != dist2)).logical_not_().fill_diagonal_(False)
+        equal &= (again[:, None] | again).logical_not_()
+        return again, equal.any(1).nonzero()[:, 0].tolist()
 
     def _place(self, centres: Centres, i: int, centroids: torch.Tensor) -> None:
         inner, square = self.gram.products(centroids)
-        centres.place(i, inner, square, self.gram.error)
-        self._know(centres, i, centroids, square)
-
-    def _know(self, centres: Centres, i: int, centroids: torch.Tensor, square: torch.Tensor) -> None:
-        centres.known[i] = dict(enumerate(centroids))
+        centres.place(i, centroids, inner, square, self.gram.error)
         centres.repeated[i] = repeated_in(centroids[None], square)
 
     # ---- labels
@@ -140,6 +173,7 @@ class Dual:
         """The nearest true centroid of every row in every restart: int32 (r, n)."""
         r, k, n = centres.inner.shape
         labels = torch.empty(r, n, dtype=torch.int32, device=centres.inner.device)
+        open_rows: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self.lloyd.work.assigned += labels.numel()
         size = max(1, _PIECE_VALUES.get(labels.device.type, 1 << 20) // (k * n))
         for start in range(0, r, size):
@@ -156,7 +190,13 @@ class Dual:
             unsure = (possible.sum(1) != 1).cpu()
             for i in unsure.any(1).nonzero()[:, 0].tolist():
                 rows = unsure[i].nonzero()[:, 0].to(labels.device)
-                self._decide(centres, start + i, rows, possible[i][:, rows], labels)
+                open_rows.append((start + i, rows, possible[i][:, rows]))
+        # Those of all restarts together, as far as memory has room for their centroids.
+        parts = [(possible.numel(), (i, rows, possible)) for i, rows, possible in open_rows]
+        for some in grouped(parts, relieved(_PAIRS)):
+            sized = [(int(possible.any(1).sum()), (i, rows, possible)) for i, rows, possible in some]
+            for group in grouped(sized, k + self.means.more):
+                self._decide(centres, group, labels)
         return labels
 
     def _scores(self, centres: Centres, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,54 +218,61 @@ class Dual:
         return scores, bound.masked_fill_(centres.repeated[part][..., None], 0)
 
     def _decide(
-        self, centres: Centres, i: int, rows: torch.Tensor, possible: torch.Tensor, labels: torch.Tensor
+        self, centres: Centres, group: list[tuple[int, torch.Tensor, torch.Tensor]], labels: torch.Tensor
     ) -> None:
-        """Label rows (p,) of restart ``i`` by the reference distance to their ``possible`` (k, p) true centroids."""
-        clusters = possible.any(1).nonzero()[:, 0]
-        centroids = self._true(centres, i, clusters.tolist())
-        possible = possible[clusters].t()
-        size = tile_rows(self.source.shape[1], labels.device)
-        for some, mine in zip(rows.split(size), possible.split(size), strict=True):
-            row, centroid = mine.nonzero(as_tuple=True)
-            found = labels.new_empty(1, len(some))
-            candidates = Candidates(row, torch.zeros_like(row), centroid)
-            decide(self.source.take(some), centroids[None], candidates, found)
-            labels[i, some] = clusters[found[0].long()].int()
-        self.lloyd.work.rechecked += len(rows)
+        """Label rows (p,) of some restarts by the reference distance to their ``possible`` (k, p) true centroids."""
+        clusters = {i: possible.any(1).nonzero()[:, 0] for i, _, possible in group}
+        self._know(centres, {i: some.tolist() for i, some in clusters.items()})
+        for index, x in self.means.rows(torch.cat([rows for _, rows, _ in group]).unique()):
+            for i, rows, possible in group:
+                ends = [index.start, index.stop - 1] if isinstance(index, slice) else [index[0], index[-1]]
+                here = slice(*(int(torch.searchsorted(rows, end, right=at > 0)) for at, end in enumerate(ends)))
+                if here.start == here.stop:
+                    continue
+                rows = rows[here]
+                places = rows - index.start if isinstance(index, slice) else torch.searchsorted(index, rows)
+                row, centroid = possible[clusters[i], here].t().nonzero(as_tuple=True)
+                found = labels.new_empty(1, len(x))
+                candidates = Candidates(places[row], torch.zeros_like(row), centroid)
+                decide(x, self._true(centres, i, clusters[i].tolist())[None], candidates, found)
+                labels[i, rows] = clusters[i][found[0, places].long()].int()
+        self.lloyd.work.rechecked += sum(len(rows) for _, rows, _ in group)
 
     # ---- true centroids
 
     def _true(self, centres: Centres, i: int, clusters: list[int]) -> torch.Tensor:
         """The centroids of some clusters of restart ``i`` as the primal solver has them: (p, d)."""
-        known = centres.known[i]
-        missing = [cluster for cluster in clusters if cluster not in known]
-        if missing:
-            sums = self._sums(centres.home[i], missing, centres.mass.shape[1])
-            mass = centres.mass[i, missing]
-            known.update(zip(missing, (joined(sums) / mass[:, None]).to(self.dtype), strict=True))
-        return torch.stack([known[cluster] for cluster in clusters])
+        self._know(centres, {i: clusters})
+        return torch.stack([centres.known[i][cluster] for cluster in clusters])
 
-    def _sums(self, labels: torch.Tensor, clusters: list[int], k: int) -> torch.Tensor:
-        """The primal's sums of the rows of some clusters, by labels (n,): float64 (levels, p, d)."""
-        d, device = self.source.shape[1], labels.device
-        place = torch.full((k,), -1, dtype=torch.int32, device=device)
-        place[clusters] = torch.arange(len(clusters), dtype=torch.int32, device=device)
-        places = place[labels.long()]
-        sums = torch.zeros(self.moments.grid.levels, 1, len(clusters), d, dtype=torch.float64, device=device)
-        counts = torch.zeros(1, len(clusters), dtype=torch.float64, device=device)
-        for rows, x in self._rows((places >= 0).nonzero()[:, 0]):
-            self.lloyd.account(x, rows, places[None, rows], None, sums, counts)
-        return sums[:, 0]
-
-    def _rows(self, rows: torch.Tensor) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor]]:
-        """The rows with these numbers, a few at a time; nothing is copied where they are all."""
-        (n, d), device = self.source.shape, rows.device
-        if len(rows) == n:
-            for start, x in self.source.chunks(n):
-                yield slice(start, start + len(x)), x
+    def _know(self, centres: Centres, wanted: dict[int, list[int]]) -> None:
+        """Have the true centroids of some clusters of restarts in ``known``: at most one `take`, and one pass."""
+        known, k = centres.known, centres.mass.shape[1]
+        missing = {i: [cluster for cluster in some if cluster not in known[i]] for i, some in wanted.items()}
+        missing = {i: some for i, some in missing.items() if some}
+        if not missing:
             return
-        for some in rows.split(4 * tile_rows(d, device)):
-            yield some, self.source.take(some)
+        if sum(map(len, known)) + sum(map(len, missing.values())) > k + self.means.more:
+            for i, one in enumerate(known):
+                known[i] = {cluster: one[cluster] for cluster in wanted.get(i, []) if cluster in one}
+        rows: list[tuple[int, int, int]] = []
+        moved: list[tuple[int, list[int]]] = []
+        for i, some in missing.items():
+            start = centres.starts[i]
+            if start is None:
+                moved.append((i, some))
+            elif isinstance(start, torch.Tensor):
+                known[i].update({cluster: start[cluster] for cluster in some})
+            else:
+                rows += [(i, cluster, start[cluster]) for cluster in some]
+        if rows:
+            for (i, cluster, _), x in zip(rows, self.means.take([row for *_, row in rows]), strict=True):
+                known[i][cluster] = x.to(self.means.dtype, copy=True)
+        if moved:
+            sums = self.means.sums([(centres.home[i], some) for i, some in moved])
+            pairs = [(i, cluster) for i, some in moved for cluster in some]
+            for at, (i, cluster) in enumerate(pairs):
+                known[i][cluster] = self.means.centroid(sums[:, at], centres.mass[i, cluster])
 
     # ---- moving
 
@@ -234,7 +281,7 @@ class Dual:
     ) -> list[tuple[float, bool]]:
         """Centroids become the means of their rows: for each restart how far they moved, and whether less than tol."""
         (r, k), tol = masses.shape, self.lloyd.limits.tol
-        every, scale = list(range(k)), self.gram.scale
+        scale = self.gram.scale
         empty = (masses == 0).any(1).tolist()
         # By the primal's own rule, on true centroids.
         filled = {i: self._step(centres, i, labels[i], masses[i]) for i in range(r) if empty[i]}
@@ -245,7 +292,7 @@ class Dual:
         cross = per_cluster(inner, labels, k) / (masses * centres.mass)
         old = Centres(**{**vars(centres), "inner": centres.inner[:0], "home": centres.home.clone()})
         old.error, old.known = centres.error.clone(), [dict(known) for known in centres.known]
-        old.slope, old.margin = centres.slope.clone(), centres.margin.clone()
+        old.slope, old.margin, old.starts = centres.slope.clone(), centres.margin.clone(), list(centres.starts)
         centres.move(self.gram, self.rounding, labels, masses, counts)
 
         touched = self._touched(old.home, labels, k)
@@ -261,7 +308,7 @@ class Dual:
         moved = []
         for i in range(r):
             if not empty[i]:
-                stays = {} if old.home[i, 0] < 0 else old.known[i]
+                stays = old.known[i] if old.starts[i] is None else {}
                 centres.known[i] = {c: known for c, known in stays.items() if not touched[i, c]}
             if not empty[i] and (last or (self.certain and (above[i] or below[i]))):
                 moved.append((shift[i], below[i]))
@@ -269,8 +316,6 @@ class Dual:
             exact, centroids = filled[i] if empty[i] else self._step(old, i, labels[i], masses[i])
             if empty[i]:
                 self._place(centres, i, centroids)
-            else:
-                centres.known[i] = dict(zip(every, centroids, strict=True))
             moved.append((exact, exact <= tol))
         return moved
 
@@ -278,7 +323,8 @@ class Dual:
         """The primal's update of restart ``i``: how far its true centroids move, and where to (k, d)."""
         every = list(range(len(mass)))
         centroids = self._true(centres, i, every)
-        return self.lloyd.update(centroids, labels, self._sums(labels, every, len(every)), mass), centroids
+        centres.known[i] = {}
+        return self.lloyd.update(centroids, labels, self.means.sums([(labels, every)]), mass), centroids
 
     @staticmethod
     def _touched(old: torch.Tensor, new: torch.Tensor, k: int) -> torch.Tensor:
@@ -294,9 +340,11 @@ class Dual:
         self, centres: Centres, labels: torch.Tensor, mass: torch.Tensor, n_iter: int, shifts: tuple[float, ...]
     ) -> Ending:
         inertia, off = self._inertia(centres, labels)
-        # The products with the rows are not needed any more, and large.
-        centres.inner = centres.inner[:, :, :0].clone()
-        return Ending(labels.clone(), inertia, off if self.certain else math.inf, n_iter, shifts, mass, centres)
+        bound = off if self.certain else math.inf
+        start = centres.starts[0]
+        given = start if isinstance(start, torch.Tensor) else None
+        home = centres.home[0].clone(), centres.mass[0].clone(), given
+        return Ending(labels.clone(), inertia, bound, n_iter, shifts, mass.clone(), *home)
 
     def _inertia(self, centres: Centres, labels: torch.Tensor) -> tuple[float, float]:
         """The inertia of one restart's labels (n,), and how far it can be from that of the true centroids."""
@@ -309,27 +357,43 @@ class Dual:
         inertia, off = (one.sum().item() / self.gram.scale / self.gram.scale for one in (dist2, bound))
         return inertia, off
 
-    def _solutions(self, endings: list[Ending]) -> list[Solution]:
-        """Those that can be the best, with true centroids; of those with the same partition the first."""
-        least = min(one.inertia + one.bound for one in endings) + _ALIKE * self.moments.spread
-        solutions, seen = [], list[torch.Tensor]()
-        for one in endings:
-            if one.inertia - one.bound > least:
+
+def solutions(lloyd: Lloyd, endings: Sequence[Ending], spare_bytes: int = 0) -> list[Solution]:
+    """Those that can be the best, with true centroids; of those with the same partition the first.
+
+    The matrix is not needed for it. ``spare_bytes`` are for more than the centroids of one restart at a time.
+    """
+    means, every = Means(lloyd, spare_bytes), list(range(len(endings[0].mass)))
+    least = min(one.inertia + one.bound for one in endings) + _ALIKE * lloyd.moments.spread
+    jobs: list[tuple[int, tuple[Ending, bool]]] = []
+    seen: list[torch.Tensor] = []
+    for one in endings:
+        if one.inertia - one.bound > least:
+            continue
+        if one.given is None:
+            both = torch.cat([one.home, one.labels])
+            partition, _ = numbered(both, len(every), Block.alone(len(both)))
+            if any(torch.equal(partition, other) for other in seen):
                 continue
-            repeats = torch.equal(one.centres.home[0], one.labels)
-            partition, _ = numbered(one.labels, len(one.mass), self.moments.block)
-            if repeats and any(torch.equal(partition, other) for other in seen):
+            seen.append(partition)
+            if not torch.equal(one.home, one.labels):
+                jobs.append((len(every), (one, True)))
+        jobs.append((len(every), (one, False)))
+    found: list[Solution] = []
+    away: torch.Tensor | None = None  # centroids of rows that have other labels by now
+    for group in grouped(jobs, len(every) + means.more):
+        sums = means.sums([(one.home if of_home else one.labels, every) for one, of_home in group])
+        for (one, of_home), part in zip(group, sums.split(len(every), 1), strict=True):
+            centroids = one.given if away is None else away
+            if centroids is None:
+                centroids = torch.empty(len(every), sums.shape[2], dtype=means.dtype, device=sums.device)
+                for cluster, place in enumerate(centroids):
+                    place.copy_(means.centroid(part[:, cluster], one.home_mass[cluster]))
+            away = centroids if of_home else None
+            if of_home:
                 continue
-            if repeats:
-                seen.append(partition)
-            every = list(range(len(one.mass)))
-            sums = self._sums(one.labels, every, len(every))
-            if repeats:
-                centroids = (joined(sums) / one.centres.mass[0][:, None]).to(self.dtype)
-            else:
-                centroids = self._true(one.centres, 0, every)
-            inertia = self.lloyd.inertia(centroids, sums, one.mass)
+            inertia = lloyd.inertia(centroids, part, one.mass)
             # The matrix is of the rows as they were, the sums of what they are now.
-            require_unchanged(abs(inertia - one.inertia) <= one.bound + self.lloyd.doubt(centroids, inertia))
-            solutions.append(Solution(centroids, one.labels, inertia, one.n_iter, one.shifts))
-        return solutions
+            require_unchanged(abs(inertia - one.inertia) <= one.bound + lloyd.doubt(centroids, inertia))
+            found.append(Solution(centroids, one.labels, inertia, one.n_iter, one.shifts))
+    return found

@@ -18,11 +18,13 @@ from gpuclust.cluster.backends.base import Backend, Problem, WholeFit
 from gpuclust.cluster.cosine import HALF, unit_means
 from gpuclust.cluster.distributed import Block, Group, OneProcess, heard, in_all, require_same
 from gpuclust.cluster.dual import Dual, Ending
+from gpuclust.cluster.dual import solutions as solutions_of
 from gpuclust.cluster.hartigan import improve
 from gpuclust.cluster.lloyd import Lloyd, Solution, Weights, distances, numbered
 from gpuclust.cluster.moments import Moments, centroid_dtype
 from gpuclust.cluster.relief import relief
 from gpuclust.cluster.seeding.draws import RandomBits
+from gpuclust.cluster.seeding.image import Image
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus, choose_random
 from gpuclust.cluster.seeding.scalable import choose_scalable
 from gpuclust.cluster.solver import plan
@@ -229,35 +231,54 @@ def fit_kmeans(
             relief=room,
             **spherical,
         )
-        dual = None
-        if solver == "dual":
-            dual = alone(partial(Dual, lloyd))
-            watch.lap("gram_s")
+        seeds = partial(
+            _seed, init if isinstance(init, str) else "", source, moments, k, seed, shares, memory.spare_bytes
+        )
+        groups = [range(first, min(n_init, first + memory.together)) for first in range(0, n_init, memory.together)]
         solutions: list[Solution] = []
-        for first in range(0, n_init, memory.together):
-            restarts = range(first, min(n_init, first + memory.together))
-            rows = None
-            if isinstance(init, str):
-                rows = alone(partial(_seed, init, source, moments, k, seed, restarts, shares, memory.spare_bytes))
-            given = [] if isinstance(init, str) else [init[restart] for restart in restarts]
-            ended: list[Ending | Solution] = []
-            if dual:
-                watch.lap("seed_s")
-                story = Story(tell, restarts, unit, lloyd.limits.tol) if tell else None
-                endings, found = alone(partial(dual.run, rows or given, story))
-                ended += endings
-            else:
+
+        def told(restarts: range, ended: Sequence[Ending | Solution]) -> None:
+            for restart, one in zip(restarts, ended, strict=True):
+                if tell:
+                    tell(f"restart {restart}: {one.n_iter} iterations, inertia {one.inertia * unit:.10g}")
+
+        def story(restarts: range) -> Story | None:
+            return Story(tell, restarts, unit, lloyd.limits.tol) if tell else None
+
+        if solver == "dual":
+            dual = alone(
+                lambda: Dual(lloyd, memory.spare_bytes, memory.slice_bytes >> room.halvings, image=memory.image)
+            )
+            watch.lap("gram_s")
+            image = dual.take_image()
+            starts: list[list[list[int]] | list[torch.Tensor]] = []
+            for restarts in groups:
+                given = [] if isinstance(init, str) else [init[restart] for restart in restarts]
+                starts.append(given or alone(partial(seeds, restarts, image)))
+            del image
+            watch.lap("seed_s")
+            endings: list[Ending] = []
+            for restarts, start in zip(groups, starts, strict=True):
+                ended = alone(partial(dual.run, start, story(restarts)))
+                told(restarts, ended)
+                endings += ended
+            del dual
+            solutions = alone(partial(solutions_of, lloyd, endings, memory.spare_bytes))
+            watch.lap("iterate_s")
+        else:
+            for restarts in groups:
+                rows = alone(partial(seeds, restarts)) if isinstance(init, str) else None
                 centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
                 for i, place in enumerate(centroids):
-                    place.copy_(take_rows(source, block, torch.tensor(rows[i], device=device)) if rows else given[i])
+                    if rows:
+                        place.copy_(take_rows(source, block, torch.tensor(rows[i], device=device)))
+                    else:
+                        place.copy_(init[restarts[i]])
                 watch.lap("seed_s")
-                found = lloyd.run(centroids, Story(tell, restarts, unit, lloyd.limits.tol) if tell else None)
-                ended += found
-            watch.lap("iterate_s")
-            if tell:
-                for i, one in enumerate(ended):
-                    tell(f"restart {restarts[i]}: {one.n_iter} iterations, inertia {one.inertia * unit:.10g}")
-            solutions = _close(solutions + found, moments)
+                found = lloyd.run(centroids, story(restarts))
+                watch.lap("iterate_s")
+                told(restarts, found)
+                solutions = _close(solutions + found, moments)
         best, dist2, inertia = alone(lambda: _best(runner, source, moments, solutions, weights))
         watch.lap("select_s")
         moves = 0
@@ -318,9 +339,10 @@ def _seed(
     moments: Moments,
     k: int,
     seed: int,
-    restarts: range,
     weights: Weights | None,
     spare_bytes: int,
+    restarts: range,
+    image: Image | None = None,
 ) -> list[list[int]]:
     """The numbers of the ``k`` rows that each restart begins with."""
     values = None if weights is None else weights.values
@@ -328,8 +350,8 @@ def _seed(
         return choose_random(moments.block, k, seed, restarts, values)
     bits = [RandomBits(seed, restart) for restart in restarts]
     if init == "k-means||":
-        return choose_scalable(source, moments, k, bits, weights, spare_bytes)
-    return choose_plus_plus(source, moments, k, bits, values, spare_bytes)
+        return choose_scalable(source, moments, k, bits, weights, spare_bytes, image)
+    return choose_plus_plus(source, moments, k, bits, values, spare_bytes, image)
 
 
 def _close(solutions: list[Solution], moments: Moments) -> list[Solution]:

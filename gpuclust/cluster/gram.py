@@ -1,7 +1,9 @@
 """Gram: the products of all rows with each other, X~ X~^T in float64, and how far they can be from exact.
 
 X~ = (x - m) s, as in `gpuclust.cluster.exact`, rounded to float64 alone. Sums run over slices of the features, so that
-rows are never held whole in float64, and only the block triangle is multiplied, which is little more than half.
+rows are never held whole in float64, and only the block triangle is multiplied, which is little more than half. Rows
+that are streamed are read once for each wide slice of them, which is held in their own type: the products need no more
+of them, whatever d is.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.relief import relieved
+from gpuclust.cluster.seeding.image import Pixels
 from gpuclust.cluster.sources.base import ChunkSource
 from gpuclust.config import environment
 
@@ -35,11 +38,20 @@ def slice_width(n: int, d: int, device: torch.device) -> int:
 
 
 class Gram:
-    """The products of the rows of a source (n, d) that lie on the device.
+    """The products of the rows of a source (n, d).
+
+    Parameters
+    ----------
+    slice_bytes : int
+        For features of all rows that are read in one pass, where the rows are streamed.
+    pixels : Pixels, optional
+        The image of the rows, whose products are found in the same passes.
 
     Attributes
     ----------
     values : float64 (n, n)
+    image : float64 (n, n) or None
+        Products of the rows of the image, exact.
     norms : float64 (n,)
         Upper bounds of ||x~||.
     dist2 : float64 (n,)
@@ -50,7 +62,9 @@ class Gram:
         A value is within ``error ||x~_i|| ||x~_j||`` of exact; so are the `products` with other points.
     """
 
-    def __init__(self, source: ChunkSource, moments: Moments) -> None:
+    def __init__(
+        self, source: ChunkSource, moments: Moments, slice_bytes: int = 0, pixels: Pixels | None = None
+    ) -> None:
         (n, d), device = source.shape, source.device
         self._source, self._frame, self.scale = source, moments.frame, moments.frame.scale
         self._width = slice_width(n, d, device)
@@ -59,35 +73,77 @@ class Gram:
         self.norms = (moments.dist2.sqrt() * self.scale).mul_(1 + 2.0**-40)
         # Two rounded operands; d products; the slices' partial sums.
         self.error = gamma(d + math.ceil(d / self._width) + 8)
-        self.values = torch.zeros(n, n, dtype=torch.float64, device=device)
         size = math.ceil(n / BLOCKS)
         blocks = [slice(start, min(n, start + size)) for start in range(0, n, size)]
-        for _, points in self._slices():
+        self.values = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self.image = None if pixels is None else torch.zeros_like(self.values)
+        for span, x, kept in self._slices(wide_width(source, slice_bytes)):
+            _add_products(self.values, self._moved(x, span, kept), blocks)
+            if pixels is not None and self.image is not None:
+                for block in blocks:
+                    kept[block] = pixels.place(x[block], span)
+                _add_products(self.image, kept, blocks)
+        for matrix in [self.values] if self.image is None else [self.values, self.image]:
             for block in blocks:
-                self.values[block, block.start :].addmm_(points[block], points[block.start :].t())
-        for block in blocks:
-            self.values[block.stop :, block] = self.values[block, block.stop :].t()
+                matrix[block.stop :, block] = matrix[block, block.stop :].t()
 
     def products(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Products of points (p, d) with the rows, and their own squares: float64 (p, n) and (p,)."""
-        out = torch.zeros(len(points), self._source.shape[0], dtype=torch.float64, device=points.device)
-        square = torch.zeros(len(points), dtype=torch.float64, device=points.device)
-        for span, rows in self._slices():
-            moved = self._frame.moved(points[:, span], span)
-            out.addmm_(moved, rows.t())
-            square += torch.linalg.vecdot(moved, moved)
+        """Products of points (p, d) with the rows, and their own squares: float64 (p, n) and (p,); one pass."""
+        (n, d), device = self._source.shape, points.device
+        out = torch.zeros(len(points), n, dtype=torch.float64, device=device)
+        square = torch.zeros(len(points), dtype=torch.float64, device=device)
+        spans = [slice(start, min(d, start + self._width)) for start in range(0, d, self._width)]
+        for start, x in self._source.chunks(n):
+            kept = torch.empty(len(x), self._width, dtype=torch.float64, device=device)
+            for span in spans:
+                moved = self._frame.moved(points[:, span], span)
+                part = out[:, start : start + len(x)]
+                part.addmm_(moved, self._moved(x[:, span], span, kept[:, : span.stop - span.start]).t())
+                if start == 0:
+                    square += torch.linalg.vecdot(moved, moved)
         return out, square
 
-    def _slices(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Spans of the features, and the rows in them, centred and scaled: float64 (n, w), overwritten by the next."""
-        n, d = self._source.shape
+    def _moved(self, x: torch.Tensor, span: slice, out: torch.Tensor) -> torch.Tensor:
+        """A span of the features of rows (b, w), centred and scaled: ``out``, float64."""
+        return out.copy_(x).sub_(self._frame.centre[span]).mul_(self.scale)
+
+    def _slices(self, wide: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Spans of the features, all rows in them as they are (n, w), and room for their float64 copy."""
+        n = self._source.shape[0]
         kept = torch.empty(n, self._width, dtype=torch.float64, device=self._source.device)
-        first, x = next(iter(self._source.chunks(n)))
-        whole = [(first, x)] if len(x) == n else None  # a chunk is good until the next is asked for
-        for start in range(0, d, self._width):
-            span = slice(start, min(d, start + self._width))
-            rows = kept[:, : span.stop - start]
-            for first, x in whole or self._source.chunks(n):
-                rows[first : first + len(x)] = x[:, span]
-            rows.sub_(self._frame.centre[span]).mul_(self.scale)
-            yield span, rows
+        for first, x in _wide_slices(self._source, wide):
+            for start in range(0, x.shape[1], self._width):
+                some = x[:, start : start + self._width]
+                at = first + start
+                yield slice(at, at + some.shape[1]), some, kept[:, : some.shape[1]]
+
+
+def wide_width(source: ChunkSource, slice_bytes: int) -> int:
+    """Features of all rows that are read in one pass: whole slices, as many as the bytes hold, and one at least."""
+    (n, d), width = source.shape, slice_width(*source.shape, source.device)
+    return min(d, max(1, slice_bytes // (n * width * source.dtype.itemsize)) * width)
+
+
+def _wide_slices(source: ChunkSource, width: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """The features of all rows in slices of this width, each of one pass: the first feature, and (n, w).
+
+    Rows that come as one chunk are one slice, which is not copied.
+    """
+    n, d = source.shape
+    if source.resident:
+        start, x = next(iter(source.chunks(n)))
+        if len(x) == n:  # a chunk is good until the next is asked for
+            yield 0, x
+            return
+    kept = torch.empty(n, width, dtype=source.dtype, device=source.device)
+    for first in range(0, d, width):
+        rows = kept[:, : min(d, first + width) - first]
+        for start, x in source.chunks(n):
+            rows[start : start + len(x)] = x[:, first : first + width]
+        yield first, rows
+
+
+def _add_products(matrix: torch.Tensor, rows: torch.Tensor, blocks: list[slice]) -> None:
+    """Add the products of rows (n, w) to the block triangle of a matrix (n, n)."""
+    for block in blocks:
+        matrix[block, block.start :].addmm_(rows[block], rows[block.start :].t())

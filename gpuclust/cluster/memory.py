@@ -49,33 +49,51 @@ class Share:
         Restarts that run at the same time.
     spare_bytes : int
         For what may be kept to save time.
+    slice_bytes : int
+        Of the dual solver, for features of all rows that are streamed.
+    image : bool
+        Whether it keeps the products of the image, by which seeding draws, so that seeding reads no streamed rows.
     """
 
     halvings: int
     together: int
     spare_bytes: int
+    slice_bytes: int = 0
+    image: bool = False
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a solver takes, in bytes: once, for each restart that runs at a time, and with chunks of the usual size."""
+    """What a solver takes, in bytes: once, for each restart that runs at a time, and with chunks of the usual size.
+
+    ``matrix`` is what a matrix of all rows with each other takes, and ``before`` all that is held while the dual solver
+    finds its own: what is left of a limit then is for features of streamed rows.
+    """
 
     fixed: int
     restart: int
     work: int
+    matrix: int = 0
+    before: int = 0
 
     @property
     def least(self) -> int:
         """With one restart at a time, and the smallest chunks."""
         return self.fixed + self.restart + (self.work >> _MOST_HALVINGS)
 
-    def within(self, limit: int, restarts: int) -> Share:
+    def within(self, limit: int, restarts: int, resident: bool = True) -> Share:
         """The share of so many restarts in a limit of at least `least` bytes."""
         left = limit - self.fixed
         halvings = _halvings(self.work, min(left // _WORK_SHARE, left - self.restart))
         left -= self.work >> halvings
         together = max(1, min(restarts, left // self.restart))
-        return Share(halvings, together, max(0, left - together * self.restart))
+        spare = max(0, left - together * self.restart)
+        if resident or not self.matrix:
+            return Share(halvings, together, spare)
+        # Of the image's matrix the fixed part has half: when centroids move, it is not there any more.
+        image = self.matrix // 2 <= spare
+        held = self.before + image * self.matrix + (self.work >> halvings)
+        return Share(halvings, together, spare - image * self.matrix // 2, max(0, limit - held), image)
 
     def used(self, share: Share) -> int:
         """All but what may be kept."""
@@ -104,7 +122,8 @@ def dual_needs(problem: Problem, n: int, lightest: float | None = None) -> Needs
     d, k, value, sums = problem.d, problem.k, *_values(problem, lightest)
     rows, weighted = _rows(problem, n)
     fixed = rows + d * (96 + k * (32 + sums + 3 * value)) + 12 * n * n
-    return Needs(fixed, (64 + weighted) * n + 32 * k * n, work_bytes(problem.device))
+    before = rows + d * (96 + sums) + 8 * n * n
+    return Needs(fixed, (64 + weighted) * n + 32 * k * n, work_bytes(problem.device), 8 * n * n, before)
 
 
 def least_bytes(k: int, weighted: bool, n: int, d: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -113,13 +113,11 @@ def plan(
     rows = n if rows is None else rows
     primal, dual = primal_needs(problem, rows, lightest), dual_needs(problem, rows, lightest)
     given = default_limit(problem, rows, primal) if memory_limit is None else memory_limit
-    shares = [needs.within(max(given, needs.least), restarts) for needs in (primal, dual)]
+    shares = [needs.within(max(given, needs.least), restarts, resident) for needs in (primal, dual)]
     room = free_bytes(device) if asked and memory_limit is None else given
     refused, limited = None, None
     if problem.ranks > 1:
         refused = f"{problem.ranks} processes share the rows, and it needs all of them in one"
-    elif not resident:
-        refused = "the rows are streamed (from a file, memory or chunks), and it needs them on the device"
     elif not asked and d < 4 * n:
         refused = "its matrix would take more than half of what the rows take"
     elif dual.least > room:

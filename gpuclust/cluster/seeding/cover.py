@@ -8,15 +8,16 @@ distances. With several processes a number of a row is its number among the rows
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.seeding.draws import RandomBits
-from gpuclust.cluster.seeding.image import Image
+from gpuclust.cluster.seeding.image import Image, SeenImage
 from gpuclust.cluster.sources.base import ChunkSource, take_rows
 from gpuclust.cluster.sums import total, totals
 
@@ -38,6 +39,8 @@ class Cover:
         For the image.
     owners : bool
         Whether to keep which of the chosen rows is the nearest.
+    image : Image, optional
+        Where one is known; else it is made.
 
     Attributes
     ----------
@@ -61,6 +64,7 @@ class Cover:
         spare_bytes: int,
         *,
         owners: bool = False,
+        image: Image | None = None,
     ) -> None:
         n, r, device = source.shape[0], len(bits), source.device
         self.source, self.block, self.bits = source, moments.block, bits
@@ -72,7 +76,7 @@ class Cover:
             first = heavy if len(heavy) else heavy.new_full((1,), self.block.n)
             self.spare = -int(self.block.max(-first))
             self._mass_of_all = total(self.share, None, self.block)
-        self.image = Image(source, moments, spare_bytes)
+        self.image = image or SeenImage(source, moments, spare_bytes)
         self.closest = torch.full((r, n), math.inf, dtype=torch.float64, device=device)
         self.owner = torch.zeros(r, n, dtype=torch.int32, device=device) if owners else None
         self.fine = [False] * r
@@ -135,15 +139,33 @@ class Cover:
         """The rows with these numbers (m,), in every process: (m, d)."""
         return take_rows(self.source, self.block, index)
 
+    def points(self, index: torch.Tensor, fine: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The rows with these numbers (m,), where the image or a ``fine`` restart reads them; what the image has."""
+        x = self.rows(index) if fine or self.image.reads else None
+        return x, self.image.points(index, x)
+
+    def parts(self, rows: int, fine: bool) -> Iterator[tuple[slice, torch.Tensor | None]]:
+        """All rows of the source in parts, themselves where the image or a ``fine`` restart reads them."""
+        if fine or self.image.reads:
+            for start, x in self.source.chunks(rows):
+                yield slice(start, start + x.shape[0]), x
+        else:
+            for start in range(0, len(self.image.norms), rows):
+                yield slice(start, min(len(self.image.norms), start + rows)), None
+
     def join(self, chosen: dict[int, torch.Tensor], rows: int) -> None:
         """Bring the distances up to date with newly chosen rows, int64 (m,) by restart, in one pass in chunks."""
-        values = self.rows(torch.cat(list(chosen.values()))).split([len(index) for index in chosen.values()])
-        points = [None if self.fine[i] else self.image.of(new) for i, new in zip(chosen, values, strict=True)]
-        for start, x in self.source.chunks(rows):
-            part = slice(start, start + x.shape[0])
-            for i, new, image in zip(chosen, values, points, strict=True):
+        fine = any(self.fine[i] for i in chosen)
+        values, points = self.points(torch.cat(list(chosen.values())), fine)
+        ends = [0, *itertools.accumulate(len(index) for index in chosen.values())]
+        places = {i: slice(*ends[at : at + 2]) for at, i in enumerate(chosen)}
+        for part, x in self.parts(rows, fine):
+            for i, place in places.items():
                 known = self.closest[i, part]
-                which = _nearest(x, new, known) if image is None else self.image.nearest(x, start, image, known)
+                if self.fine[i] and x is not None and values is not None:
+                    which = _nearest(x, values[place], known)
+                else:
+                    which = self.image.nearest(x, part, points[place], known)
                 if self.owner is not None:
                     owner = self.owner[i, part]
                     owner.copy_(torch.where(which < 0, owner, which + self._chosen[i]))

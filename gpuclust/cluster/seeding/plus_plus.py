@@ -20,6 +20,7 @@ from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.seeding.cover import Cover
 from gpuclust.cluster.seeding.draws import RandomBits
+from gpuclust.cluster.seeding.image import Image
 from gpuclust.cluster.sources.base import ChunkSource
 
 
@@ -45,6 +46,7 @@ def choose_plus_plus(
     bits: Sequence[RandomBits],
     weights: torch.Tensor | None,
     spare_bytes: int,
+    image: Image | None = None,
 ) -> list[list[int]]:
     """Greedy k-means++ for each restart: the numbers of ``k`` rows.
 
@@ -58,8 +60,10 @@ def choose_plus_plus(
     weights : float64 (n,) or None
     spare_bytes : int
         For what may be kept to save a pass; never changes a draw.
+    image : Image, optional
+        Where one is known.
     """
-    return _PlusPlus(source, moments, k, bits, weights, spare_bytes).choose()
+    return _PlusPlus(source, moments, k, bits, weights, spare_bytes, image).choose()
 
 
 class _PlusPlus:
@@ -71,10 +75,11 @@ class _PlusPlus:
         bits: Sequence[RandomBits],
         weights: torch.Tensor | None,
         spare_bytes: int,
+        image: Image | None,
     ) -> None:
         self.source, self.k = source, k
         self.trials = 2 + int(math.log(k))
-        self.cover = Cover(source, moments, bits, weights, spare_bytes // 2)
+        self.cover = Cover(source, moments, bits, weights, spare_bytes // 2, image=image)
         self.keeps = 8 * source.shape[0] * len(bits) * (self.trials + 1) <= spare_bytes // 2
 
     def choose(self) -> list[list[int]]:
@@ -113,15 +118,15 @@ class _PlusPlus:
     def _nearest(self, tried: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Per chunk, the distance to the nearest centroid if this row were one: float64 (r, t, b)."""
         cover, (r, trials) = self.cover, tried.shape
-        candidates = cover.rows(tried.flatten())
-        points = cover.image.of(candidates)
-        for start, x in self.source.chunks(cover.image.rows):
-            part = slice(start, start + x.shape[0])
-            dist2 = cover.closest.new_empty(r * trials, x.shape[0])
+        fine = any(cover.fine)
+        candidates, points = cover.points(tried.flatten(), fine)
+        for part, x in cover.parts(cover.image.rows, fine):
+            known = cover.closest[:, None, part]
+            dist2 = cover.closest.new_empty(r * trials, known.shape[2])
             if not all(cover.fine):
-                cover.image.dist2(x, start, points, out=dist2)
+                cover.image.dist2(x, part, points, out=dist2)
             for j in range(r * trials):
-                if cover.fine[j // trials]:
+                if cover.fine[j // trials] and x is not None and candidates is not None:
                     dist2[j] = reference_dist2(x, candidates[j])
             dist2 = dist2.view(r, trials, -1)
-            yield part, torch.minimum(dist2, cover.closest[:, None, part], out=dist2)
+            yield part, torch.minimum(dist2, known, out=dist2)

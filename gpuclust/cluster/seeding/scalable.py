@@ -21,6 +21,7 @@ from gpuclust.cluster.lloyd import Weights
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.seeding.cover import Cover
 from gpuclust.cluster.seeding.draws import RandomBits
+from gpuclust.cluster.seeding.image import Image
 from gpuclust.cluster.seeding.plus_plus import choose_plus_plus
 from gpuclust.cluster.sources.base import ChunkSource, TensorSource, block_rows
 
@@ -37,6 +38,7 @@ def choose_scalable(
     bits: Sequence[RandomBits],
     weights: Weights | None,
     spare_bytes: int,
+    image: Image | None = None,
 ) -> list[list[int]]:
     """k-means|| for each restart: the numbers of ``k`` rows. All restarts share the passes over the rows.
 
@@ -50,8 +52,11 @@ def choose_scalable(
     weights : Weights or None
     spare_bytes : int
         For what may be kept to save work; never changes a draw.
+    image : Image, optional
+        Where one is known.
     """
-    cover = Cover(source, moments, bits, None if weights is None else weights.values, spare_bytes // 2, owners=True)
+    values = None if weights is None else weights.values
+    cover = Cover(source, moments, bits, values, spare_bytes // 2, owners=True, image=image)
     rows = min(cover.image.rows, block_rows(_AT_ONCE, source.device))
     drawn = {i: row for i, row in enumerate(cover.first()[:, None])}
     cover.join(drawn, rows)
