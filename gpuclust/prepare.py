@@ -41,7 +41,7 @@ from gpuclust.free import free_bytes
 
 # Images of one forward pass, halved until the network's widest activation takes no more than so many bytes. A network's
 # rounding depends on it, so it is part of the result: memory never changes it.
-BATCH_SIZE, _BATCH_BYTES = {"cpu": 32, "cuda": 128}, {"cpu": 64 << 20, "cuda": 512 << 20}
+BATCH_SIZE, _BATCH_BYTES = {"cpu": 32, "cuda": 128}, {"cpu": 16 << 20, "cuda": 512 << 20}
 # What the process takes beside tensors once it runs: stacks of threads, code that is compiled at first use.
 _RESERVE_BYTES = {"cpu": 16 << 20}
 # Of a GPU's memory, what is free once a process with torch is there.

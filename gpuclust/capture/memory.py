@@ -445,10 +445,11 @@ class _Maker:
         self, layer: Layer, left: int, index: int, decode_s: float, rows: dict[str, LayerPlan]
     ) -> Step:
         """A layer whose rows do not fit on the device: the fastest of the ways that there are."""
-        size, batch = self._rows(layer), self.forward.batch_size * self._width(layer) * self.dtype.itemsize
+        # While rows are computed anew a forward pass goes on beside k-means, or a batch's activations and rows are there.
+        size, batch = self._rows(layer), self.forward.batch_size * self._width(layer) * (4 + self.dtype.itemsize % 4)
+        held = max(self.forward.peak_bytes, batch)
         reach_s = max(decode_s, self._reach_s(layer))
-        # While rows are computed anew, a forward pass and a batch's rows are there as well.
-        ways: list[tuple[str, float, float, int]] = [("recompute", 0.0, reach_s, left - self.forward.peak_bytes - batch)]
+        ways: list[tuple[str, float, float, int]] = [("recompute", 0.0, reach_s, left - held)]
         if size <= self.room.host_bytes * _HOST_SHARE:
             ways.append(("host", reach_s + size / COPY_RATE, size / COPY_RATE, left))
         if size <= self.room.disk_bytes:
@@ -460,9 +461,8 @@ class _Maker:
                 continue
             # Streamed rows are read fewer times the more of them can be held.
             name, seconds, passes = self._solve(layer, limit, False, pass_s)
-            held = self.forward.peak_bytes + batch if place == "recompute" else 0
             plan = self._layer(layer, place, index, name, limit, least, passes, seconds)
-            peak = max(held + limit, self.forward.peak_bytes)
+            peak = held + limit if place == "recompute" else max(limit, self.forward.peak_bytes)
             found.append((capture_s + seconds, plan, Step((layer.name,), place, capture_s, peak)))
         if not found:
             beside = max((limit for *_, limit in ways), default=0)
