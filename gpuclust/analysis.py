@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from gpuclust.capture.dry import give_back
+from gpuclust.capture.images import ImageSource
 from gpuclust.capture.layers import Layer, choose_layers
 from gpuclust.capture.memory import MemoryPlan
 from gpuclust.capture.models import load_network
@@ -22,9 +23,19 @@ from gpuclust.capture.steps import LayerRows
 from gpuclust.compare.result import LayerResult
 from gpuclust.compare.scores import chance_levels, compare
 from gpuclust.compare.similarity import geometry
-from gpuclust.config import read_options, show_bytes
+from gpuclust.config import parse_bytes, read_options, show_bytes
 from gpuclust.errors import InputError, first_line, is_out_of_memory
-from gpuclust.prepare import Setup, find_images, find_in, find_network, in_memory, peak_bytes, prepare, start_peak
+from gpuclust.prepare import (
+    Imagined,
+    Setup,
+    find_images,
+    find_in,
+    find_network,
+    in_memory,
+    peak_bytes,
+    prepare,
+    start_peak,
+)
 from gpuclust.progress import Progress
 from gpuclust.report import Report, Samples
 from gpuclust.report.folder import RunFolder
@@ -109,16 +120,41 @@ def analyze(
     return report
 
 
-def plan(model: Any, data: Any, **options: Any) -> MemoryPlan:
-    """The bytes that `analyze` with the same arguments would hold, layer by layer; ``print`` it.
+def plan(
+    model: Any, data: Any = None, *, images: int | None = None, card: int | str | None = None, **options: Any
+) -> MemoryPlan:
+    """How `analyze` with the same arguments would handle each layer, in bytes, passes and seconds; ``print`` it.
 
     Published weights are not downloaded for it, and few images are decoded.
+
+    Parameters
+    ----------
+    model, data, **options
+        As in `analyze`.
+    images : int, optional
+        Plan for so many images, in place of ``data``; ``clusters`` of them are classes (10 by default).
+    card : int or str, optional
+        Plan for a GPU with so much memory (``80GB``), which need not be there; seconds are those of an H100.
+
+    Raises
+    ------
+    InputError
+        For anything that cannot be used as given.
     """
     settings = read_options(options)
-    images = find_images(data, settings)
-    network = find_network(model, images, settings, download=False)
-    with in_memory(), prepare(network, images, settings) as setup:
-        return setup.plan(setup.layers)
+    if (data is None) == (images is None):
+        raise InputError(
+            "a plan is for the images of a data set or for a number of them (--images): give one of the two"
+        )
+    if images is None:
+        source: ImageSource | Imagined = find_images(data, settings)
+    else:
+        source = Imagined(images, tuple(f"class {i}" for i in range(settings.clusters or 10)))
+    network = find_network(model, source, settings, download=False)
+    with in_memory(), prepare(network, source, settings) as setup:
+        if card is not None:
+            setup = setup.on_card(parse_bytes(card))
+        return setup.alternatives(setup.plan(setup.layers))
 
 
 def cluster_layers(
@@ -130,7 +166,7 @@ def cluster_layers(
     are then captured anew, and a note of the results says so.
     """
     left, room, note = list(missing), setup.room, ""
-    capture = setup.capture()
+    capture, kept = setup.capture(), False
     while left:
         plan = setup.plan(left, room, kept=capture.kept)
         plan.require()
@@ -138,8 +174,11 @@ def cluster_layers(
         try:
             for step in plan.steps:
                 for rows in capture.rows(step, left, bar.images):
-                    samples = capture.samples(setup.images)
-                    folder.keep_samples(samples, setup.images.describe())
+                    paths, labels, thumbs = capture.seen()
+                    samples = Samples(paths, labels, setup.images.classes, thumbs)
+                    if not kept:
+                        folder.keep_samples(samples, setup.images.describe())
+                        kept = True
                     index = setup.layers.index(rows.layer)
                     bar.layer(rows.layer.name, index, len(setup.layers))
                     result = study(setup, rows, samples, note)

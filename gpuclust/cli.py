@@ -107,7 +107,10 @@ Precision = Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help="fast
 Dtype = Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Of the stored activations.")]
 MemoryLimit = Annotated[str | None, typer.Option(metavar="SIZE", help="The most memory to use, as 8GiB.")]
 BatchSize = Annotated[
-    str, typer.Option(metavar="auto|N", help="Images of one forward pass (auto: 32 on a CPU, 128 on a GPU).")
+    str,
+    typer.Option(
+        metavar="auto|N", help="Images of one forward pass (auto: by the network, at most 32 on a CPU, 128 on a GPU)."
+    ),
 ]
 Workers = Annotated[
     int | None, typer.Option(metavar="N", help="Processes that decode images; one per core by default.")
@@ -117,6 +120,9 @@ MaxIter = Annotated[int, typer.Option(metavar="N", help="Iterations of one resta
 Seed = Annotated[int, typer.Option(metavar="N", help="Of the choice of images, the clusters and random weights.")]
 OnBadImage = Annotated[str, typer.Option(metavar="skip|fail", help="What to do with an image that cannot be read.")]
 MaxPixels = Annotated[int, typer.Option(metavar="N", help="An image of more pixels is a bad image.")]
+Spill = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Folder where rows may wait that fit no memory; nowhere by default.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Remove the run that is there and start over.")]
 
 
@@ -156,6 +162,7 @@ def run(
     seed: Seed = 0,
     on_bad_image: OnBadImage = "skip",
     max_pixels: MaxPixels = 100_000_000,
+    spill: Spill = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
     force: Force = False,
 ) -> None:
@@ -207,8 +214,14 @@ def layers(
 
 @app.command()
 def plan(
-    data: Data,
     model: Model,
+    data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="As for run; or --images.")] = None,
+    weights: Weights = "DEFAULT",
+    images: Annotated[int | None, typer.Option(metavar="N", help="Plan for so many images, in place of DATA.")] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Plan for a GPU of so much memory, as 80GB, which need not be here."),
+    ] = None,
     layers: Layers = ["auto"],  # noqa: B006
     clusters: Clusters = None,
     classes: Classes = None,
@@ -220,12 +233,13 @@ def plan(
     batch_size: BatchSize = "auto",
     n_init: NInit = 10,
     seed: Seed = 0,
+    spill: Spill = None,
 ) -> None:
-    """The memory that a run would take, layer by layer, without it."""
-    options = _options(locals(), "data", "model")
+    """How a run would handle each layer, in bytes, passes and seconds, without it."""
+    options = _options(locals(), "data", "model", "images", "card")
     from gpuclust.analysis import plan as make_plan
 
-    typer.echo(str(make_plan(model, data, **options)))
+    typer.echo(str(make_plan(model, data, images=images, card=card, **options)))
 
 
 @app.command()

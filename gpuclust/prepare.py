@@ -51,6 +51,27 @@ _INDIFFERENT = ("workers", "memory_limit", "device", "spill")
 
 
 @dataclass(frozen=True)
+class Imagined:
+    """So many images of so many classes, of the network's own size: enough to plan with."""
+
+    n: int
+    classes: tuple[str, ...]
+
+    @property
+    def per_class(self) -> int:
+        """Images of each class."""
+        return self.n // len(self.classes)
+
+    def describe(self) -> dict[str, Any]:
+        """What `ImageSource.describe` says of the kind of images."""
+        return {"kind": "imagined"}
+
+    def holds_pictures(self) -> bool:
+        """They are to be files."""
+        return True
+
+
+@dataclass(frozen=True)
 class Setup:
     """A network on its device, its layers chosen and everything that is "auto" decided.
 
@@ -59,6 +80,7 @@ class Setup:
     settings : Options
         As they were asked for.
     images : ImageSource
+        Or `Imagined`, for a plan.
     network : Network
     layers : list of Layer
         Those to capture, in forward order.
@@ -79,7 +101,7 @@ class Setup:
     """
 
     settings: Options
-    images: ImageSource
+    images: Any
     network: Network
     layers: list[Layer]
     device: torch.device
@@ -129,8 +151,12 @@ class Setup:
             pixel_bytes=self.forward.pixel_bytes,
         )
         values = (*module.parameters(), *module.buffers())
-        room = replace(self.room, free_bytes=int(size * _CARD_SHARE), host_bytes=free_bytes(torch.device("cpu")), reserve_bytes=0)
-        return replace(self, device=device, room=room, forward=forward, module_bytes=sum(value.nbytes for value in values))
+        room = replace(
+            self.room, free_bytes=int(size * _CARD_SHARE), host_bytes=free_bytes(torch.device("cpu")), reserve_bytes=0
+        )
+        return replace(
+            self, device=device, room=room, forward=forward, module_bytes=sum(value.nbytes for value in values)
+        )
 
     def capture(self) -> Capture:
         """What carries out a plan."""
@@ -213,14 +239,14 @@ class Setup:
         }
 
 
-def find_network(model: Any, images: ImageSource, settings: Options, *, download: bool = True) -> Network:
+def find_network(model: Any, images: ImageSource | Imagined, settings: Options, *, download: bool = True) -> Network:
     """The network of a run, with a transform if the images need one; see `load_network`."""
     network = load_network(model, settings.weights, seed=settings.seed, download=download)
     return with_usual_transform(network) if network.transform is None and images.holds_pictures() else network
 
 
 @contextmanager
-def prepare(network: Network, images: ImageSource, settings: Options) -> Iterator[Setup]:
+def prepare(network: Network, images: ImageSource | Imagined, settings: Options) -> Iterator[Setup]:
     """The `Setup` of a run; the network is on its device inside the block, and afterwards as it was before.
 
     Raises
@@ -346,10 +372,10 @@ def find_in(network: Network, example: Tensor, seed: int = 0) -> list[Layer]:
         return find_layers(network.module, example)
 
 
-def _example(network: Network, images: ImageSource) -> Tensor:
+def _example(network: Network, images: ImageSource | Imagined) -> Tensor:
     """One image ``(1, c, h, w)`` as the network will see it; a data set may hold tensors of any shape."""
-    if network.input_shape and images.describe()["kind"] != "dataset":
-        return torch.zeros(1, *network.input_shape)
+    if isinstance(images, Imagined) or (network.input_shape and images.describe()["kind"] != "dataset"):
+        return torch.zeros(1, *(network.input_shape or (3, 224, 224)))
     return next(images.batches(network.transform, 1, 0)).images
 
 

@@ -12,7 +12,6 @@ import rich.progress
 from rich.console import Console
 from rich.text import Text
 
-
 _REFRESH_S = 0.1
 T = TypeVar("T")
 

@@ -213,7 +213,11 @@ class MemoryPlan:
             return
         room = self.room
         limited = room.limit_bytes is not None and room.limit_bytes <= room.free_bytes
-        has = f"the memory limit is {_exactly(room.budget_bytes)}" if limited else f"{_exactly(room.budget_bytes)} are free"
+        has = (
+            f"the memory limit is {_exactly(room.budget_bytes)}"
+            if limited
+            else f"{_exactly(room.budget_bytes)} are free"
+        )
         worst = max(self.rows, key=lambda row: row.short_bytes)
         needs = room.budget_bytes + worst.short_bytes
         advice = ["fewer images per class (--per-class)", f"other layers than {worst.name} (--layers)"]
@@ -224,7 +228,8 @@ class MemoryPlan:
             advice.append(f"a --memory-limit of {show_bytes(needs * 1.01)}")
         raise MemoryLimitError(
             f"{self.network} on {self.n} images needs {_exactly(needs)} on {self.device} for {worst.name}, even with "
-            f"one restart of k-means at a time and its rows computed anew in each pass ({show_bytes(self.module_bytes)} network, "
+            "one restart of k-means at a time and its rows computed anew in each pass "
+            f"({show_bytes(self.module_bytes)} network, "
             f"{show_bytes(self.forward.peak_bytes)} forward pass of {self.forward.batch_size} images, "
             f"{show_bytes(worst.least_bytes)} k-means), and {has}: {show_bytes(worst.short_bytes)} too little; take "
             f"{', or '.join(advice)}"
@@ -341,9 +346,7 @@ class _Maker:
         fitting = [layer for layer in self.layers if alone[layer.name] is not None]
         rows: dict[str, LayerPlan] = {}
         steps: list[Step] = []
-        items = [
-            Item(layer.name, self._rows(layer), self._needs(layer)[0], self._reach_s(layer)) for layer in fitting
-        ]
+        items = [Item(layer.name, self._rows(layer), self._needs(layer)[0], self._reach_s(layer)) for layer in fitting]
         for names in pack(items, left, self.forward.peak_bytes, decode_s):
             group = sorted((layer for layer in fitting if layer.name in names), key=self._width)
             steps.append(self._step(group, left, len(steps), decode_s, rows))
@@ -407,9 +410,7 @@ class _Maker:
             self._problem(layer), limit, resident=resident, pass_s=pass_s, asked=self.solver == "dual"
         )
         name, _ = made.choose(self.solver)
-        seconds, passes = (
-            (made.dual_s, made.dual_passes) if name == "dual" else (made.primal_s, made.primal_passes)
-        )
+        seconds, passes = (made.dual_s, made.dual_passes) if name == "dual" else (made.primal_s, made.primal_passes)
         if resident:
             return name, seconds, 0
         view = geometry_passes(
@@ -425,9 +426,7 @@ class _Maker:
         least, _ = self._needs(layer)
         return beside if beside >= max(least, self.forward.peak_bytes) else None
 
-    def _step(
-        self, group: Sequence[Layer], left: int, index: int, decode_s: float, rows: dict[str, LayerPlan]
-    ) -> Step:
+    def _step(self, group: Sequence[Layer], left: int, index: int, decode_s: float, rows: dict[str, LayerPlan]) -> Step:
         """A pass that keeps a group of layers on the device, the narrow ones first."""
         alive = sum(map(self._rows, group))
         peak = alive + self.forward.peak_bytes
@@ -441,11 +440,9 @@ class _Maker:
         capture_s = max(decode_s, *map(self._reach_s, group))
         return Step(tuple(layer.name for layer in group), "device", capture_s, peak)
 
-    def _streamed(
-        self, layer: Layer, left: int, index: int, decode_s: float, rows: dict[str, LayerPlan]
-    ) -> Step:
+    def _streamed(self, layer: Layer, left: int, index: int, decode_s: float, rows: dict[str, LayerPlan]) -> Step:
         """A layer whose rows do not fit on the device: the fastest of the ways that there are."""
-        # While rows are computed anew a forward pass goes on beside k-means, or a batch's activations and rows are there.
+        # While rows are computed anew, a forward pass goes on beside k-means, or a batch's activations and rows wait.
         size, batch = self._rows(layer), self.forward.batch_size * self._width(layer) * (4 + self.dtype.itemsize % 4)
         held = max(self.forward.peak_bytes, batch)
         reach_s = max(decode_s, self._reach_s(layer))
@@ -454,7 +451,7 @@ class _Maker:
             ways.append(("host", reach_s + size / COPY_RATE, size / COPY_RATE, left))
         if size <= self.room.disk_bytes:
             ways.append(("disk", reach_s + size / DISK_RATE, size / DISK_RATE, left))
-        least, ease = self._needs(layer, resident=False)
+        least, _ = self._needs(layer, resident=False)
         found: list[tuple[float, LayerPlan, Step]] = []
         for place, capture_s, pass_s, limit in ways:
             if limit < least or left < self.forward.peak_bytes:

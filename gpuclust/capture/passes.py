@@ -50,7 +50,7 @@ class Passes:
     def again(
         self, layers: Sequence[Layer], write: Write, wanted: Sequence[int] | None = None
     ) -> Generator[tuple[int, int], None, None]:
-        """A later pass over all batches, or those of these numbers: yields (first image, images) of each, as `first`."""
+        """A later pass over all batches, or those of these numbers: yields (first image, images) of each."""
         with ActivationStream(self.network.module, layers) as stream, closing(self.pixels.again(wanted)) as batches:
             for index, start, images in batches:
                 self._forward(stream, index, start, images, write)

@@ -52,7 +52,9 @@ class Spill:
                 pages = mmap.mmap(file.fileno(), size)
         except OSError as error:
             hint = f", which {show_bytes(size)} of rows need" if error.errno == errno.ENOSPC else ""
-            raise InputError(f"cannot write rows into {str(self._folder)!r} (--spill): {error.strerror}{hint}") from error
+            raise InputError(
+                f"cannot write rows into {str(self._folder)!r} (--spill): {error.strerror}{hint}"
+            ) from error
         self.file = Mapped(pages, None)
         return torch.frombuffer(pages, dtype=dtype).view(n, d)
 

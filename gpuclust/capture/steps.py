@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpuclust.capture.images import ImageSource
 from gpuclust.capture.layers import Layer
 from gpuclust.capture.memory import LayerPlan, MemoryPlan, Step
 from gpuclust.capture.passes import Passes
@@ -19,7 +18,6 @@ from gpuclust.capture.places import Spill, pinned, read_back
 from gpuclust.capture.recompute import Recomputed
 from gpuclust.capture.reduce import Reduction
 from gpuclust.capture.store import LayerStore
-from gpuclust.report import Samples
 
 Watch = Callable[[Iterable[Any], int], Iterable[Any]]
 
@@ -73,9 +71,9 @@ class Capture:
             self.passes.pixels.drop()
             self.kept = False
 
-    def samples(self, images: ImageSource) -> Samples:
-        """The images of the run, in the order of the rows; after the first pass."""
-        return Samples(tuple(self._paths), np.concatenate(self._labels), images.classes, tuple(self._thumbs))
+    def seen(self) -> tuple[tuple[str, ...], np.ndarray, tuple[bytes, ...]]:
+        """Of the images, in the order of the rows, after the first pass: paths, labels int64 (n,), thumbnails."""
+        return tuple(self._paths), np.concatenate(self._labels), tuple(self._thumbs)
 
     def rows(self, step: Step, layers: Sequence[Layer], watch: Watch) -> Iterator[LayerRows]:
         """The rows of each layer of a step, the narrow ones first. Those of one are given back when the next comes.
@@ -111,7 +109,9 @@ class Capture:
     def _store(self, layer: Layer, place: str, file: Spill | None) -> LayerStore:
         d, device = self.reductions[layer.name].values(layer.shape), self.passes.pixels.device
         n = self.passes.pixels.n or self.passes.pixels.images.n
-        return LayerStore(n, d, self.dtype, device, name=layer.name, place=file or (pinned if place == "host" else None))
+        return LayerStore(
+            n, d, self.dtype, device, name=layer.name, place=file or (pinned if place == "host" else None)
+        )
 
     def _pass(
         self,
