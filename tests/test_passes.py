@@ -86,7 +86,7 @@ def test_chunks_do_not_show(monkeypatch, sizes):
         (900, 30_000, 5, 120),
         (600, 400_000, 5, 16),
         (1500, 500, 900, 1200),
-        (200_000, 16, 3, 2048),
+        (200_000, 16, 3, 1024),
     ],
 )
 def test_the_workspace_is_what_was_said(n, d, k, most, streamed):
@@ -94,10 +94,21 @@ def test_the_workspace_is_what_was_said(n, d, k, most, streamed):
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(0)).half()
     labels = np.arange(n, dtype=np.int32) % k
     said = geometry_bytes(n, d, k, 2, resident=not streamed, device="cpu", most=most)
-    source = Streamed(rows, (1,)) if streamed else rows
+    source = Streamed(rows, (1 + (1 << 14) // d,)) if streamed else rows
     peak = peak_bytes(lambda: geometry(source, labels, k, seed=0, most=most, memory_limit=said))
-    print(n, d, k, most, streamed, said, peak, peak / said)
-    assert 0.7 * said <= peak <= said + (1 << 16)
+    chunks = 2 * (1 + (1 << 14) // d) * rows[:1].nbytes * streamed  # of the source itself
+    assert 0.8 * said <= peak <= said + chunks + (1 << 12)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("n", "d", "most"), [(300, 20_000, 2048), (700, 20_000, 256)])
+def test_more_is_held_within_the_limit(monkeypatch, n, d, most, share):
+    monkeypatch.setattr(workspace, "_SLICE_BYTES", {"cpu": 1 << 18})
+    rows, labels = _rows(n, d, dtype=torch.float16)
+    shape = workspace.Workspace(n, d, 4, 2, False, "cpu", most)
+    limit = int(shape.least_bytes + share * (shape.held_bytes - shape.least_bytes))
+    peak = peak_bytes(lambda: geometry(Streamed(rows, (1,)), labels, 4, seed=0, most=most, memory_limit=limit))
+    assert 0.8 * limit <= peak <= limit + 2 * rows[:1].nbytes + (1 << 12)
 
 
 def test_a_limit_too_small_is_refused_before_any_pass():

@@ -83,7 +83,7 @@ class Picked:
                 values = x[:, start : start + width]
                 # Contiguous whatever the strides of the rows are: the bits of a product may depend on them.
                 part = kept[: m * values.shape[1]].view(m, -1)
-                part.copy_(values if places is None else values[places])
+                part.copy_(values if places is None else values.index_select(0, places))
                 mean = part.mean(0)
                 yield slice(first + start, first + start + len(mean)), part.sub_(mean), mean
 
@@ -98,9 +98,9 @@ class Picked:
             count, at = len(x) if places is None else len(places), 0
             while at < count:
                 part = slice(at, min(count, at + size - filled))
-                values = x[part] if places is None else x[places[part]]
-                kept[filled : filled + len(values)].copy_(values)
-                at, filled = part.stop, filled + len(values)
+                into = kept[filled : filled + part.stop - at]
+                into.copy_(x[part] if places is None else x.index_select(0, places[part]))
+                at, filled = part.stop, filled + len(into)
                 if filled == size or first + at == self.count:
                     yield first + at - filled, kept[:filled]
                     filled = 0

@@ -122,6 +122,7 @@ def geometry(
     work = Workspace(n, d, k, source.dtype.itemsize, source.resident, source.device.type, most)
     index = sample_rows(n, most, seed)
     gram, sample, means = _sum_products(Picked(source, index, work), work, memory_limit)
+    _mirror(gram)
     coordinates, explained = _components(gram, seed)
     if means is not None:
         coordinates = _project(Picked(source, None, work), sample, coordinates, means)
@@ -150,10 +151,6 @@ def _sum_products(
         _add_products(gram, part)
         if means is not None:
             means[span] = mean
-    for start in range(0, work.m, _TILE):
-        block = gram[start : start + _TILE, start:]
-        block[:, : len(block)].copy_(block[:, : len(block)].triu() + block[:, : len(block)].triu(1).t())
-        gram[start + _TILE :, start : start + _TILE] = block[:, _TILE:].t()
     return gram, sample, means
 
 
@@ -162,6 +159,14 @@ def _add_products(gram: torch.Tensor, part: torch.Tensor) -> None:
     for start in range(0, len(part), _TILE):
         block = part[start : start + _TILE]
         gram[start : start + _TILE, start:].addmm_(block, part[start:].t())
+
+
+def _mirror(gram: torch.Tensor) -> None:
+    """Fill in what is below the diagonal."""
+    for start in range(0, len(gram), _TILE):
+        tile = slice(start, start + _TILE)
+        gram[tile, tile] = gram[tile, tile].triu() + gram[tile, tile].triu(1).t()
+        gram[start + _TILE :, tile] = gram[tile, start + _TILE :].t()
 
 
 def _components(gram: torch.Tensor, seed: int) -> tuple[torch.Tensor, tuple[float, float]]:
@@ -202,16 +207,22 @@ def _leading(gram: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def _project(rows: Picked, sample: Picked, coordinates: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """All rows on the components whose coordinates (m, 2) of the sampled rows, of this mean (d,), are given."""
+    axes = _axes(sample, coordinates, means)
+    projected = torch.empty(rows.count, 2, dtype=torch.float64, device=means.device)
+    for start, block in rows.blocks():
+        torch.mm(block.sub_(means), axes, out=projected[start : start + len(block)])
+    return projected
+
+
+def _axes(sample: Picked, coordinates: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """Unit vectors (d, 2) along the components; 0 where there is none."""
     lengths = coordinates.square().sum(0)
     weights = torch.where(lengths > 0, coordinates / lengths.sqrt().clamp_min(torch.finfo(lengths.dtype).tiny), 0.0)
     axes = torch.zeros(len(means), 2, dtype=torch.float64, device=means.device)
     for start, block in sample.blocks():
         axes.addmm_(block.sub_(means).t(), weights[start : start + len(block)])
     axes /= torch.where(lengths > 0, lengths.sqrt(), 1.0)
-    projected = torch.empty(rows.count, 2, dtype=torch.float64, device=means.device)
-    for start, block in rows.blocks():
-        torch.mm(block.sub_(means), axes, out=projected[start : start + len(block)])
-    return projected
+    return axes
 
 
 def _silhouette(gram: torch.Tensor, labels: torch.Tensor, k: int) -> float:

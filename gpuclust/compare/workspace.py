@@ -4,10 +4,10 @@ that don't lie on the device. Arithmetic alone.
 With n rows of d values of b bytes, k clusters, m = min(n, most) sampled rows, slices of w features, blocks of r rows,
 and g = 1 where the sample is not all rows, else 0, the most that is held at a time is 8 n + 8 m and the largest of
 
-    summing     8 m^2 + 8 w (m + 1) + 8 g d    + b m w g of rows that lie on the device, else b m W
+    summing     8 m^2 + 8 w (m + 2) + 8 g d    + b m w g of rows that lie on the device, else b m W
     solving     8 m^2 + 32 m^2 (m <= 512, else 10 KiB m) + 8 g d
     projecting  8 m^2 + (24 d + 8 r d + b r d + 24 n) g
-    scoring     8 m^2 + 18 m k
+    scoring     8 m^2 + 18 m k + 40 m
 
 where W, a multiple of w, is the features of the sample that are held in their own dtype: so many as the limit leaves
 room for. Where all d fit, the sample stays (b m d beside solving and the first half of projecting, too).
@@ -128,7 +128,7 @@ class Workspace:
 
     @property
     def _summing(self) -> int:
-        return 8 * self.m**2 + 8 * self.width * (self.m + 1) + 8 * self.d * self.sampled
+        return 8 * self.m**2 + 8 * self.width * (self.m + 2) + 8 * self.d * self.sampled
 
     @property
     def _solving(self) -> int:
@@ -142,7 +142,7 @@ class Workspace:
 
     @property
     def _scoring(self) -> int:
-        return 8 * self.m**2 + 18 * self.m * self.k
+        return 8 * self.m**2 + 18 * self.m * self.k + 40 * self.m
 
 
 def geometry_bytes(n: int, d: int, k: int, itemsize: int, *, resident: bool, device: str, most: int = 2048) -> int:
