@@ -31,6 +31,7 @@ from gpuclust.cluster.sources.checksum import Sample, require_unchanged
 from gpuclust.cluster.story import Story
 from gpuclust.cluster.sums import total
 from gpuclust.errors import UnavailableError
+from gpuclust.profile import named
 
 # Algebraic inertias that differ by less than this share of the spread are told apart by the rows themselves.
 _ALIKE = 2.0**-36
@@ -213,7 +214,8 @@ def fit_kmeans(
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
         spherical: dict[str, Any] = {"finish": unit_means} if metric == "cosine" else {}
         unit *= HALF if spherical else 1.0
-        moments = alone(lambda: Moments.of(source, lightest, block, runner))
+        with named("moments"):
+            moments = alone(lambda: Moments.of(source, lightest, block, runner))
         watch.lap("moments_s")
         lloyd = Lloyd(
             runner,
@@ -231,7 +233,8 @@ def fit_kmeans(
         )
         dual = None
         if solver == "dual":
-            dual = alone(partial(Dual, lloyd))
+            with named("gram"):
+                dual = alone(partial(Dual, lloyd))
             watch.lap("gram_s")
         solutions: list[Solution] = []
         for first in range(0, n_init, memory.together):
@@ -244,14 +247,16 @@ def fit_kmeans(
             if dual:
                 watch.lap("seed_s")
                 story = Story(tell, restarts, unit, lloyd.limits.tol) if tell else None
-                endings, found = alone(partial(dual.run, rows or given, story))
+                with named("iterate"):
+                    endings, found = alone(partial(dual.run, rows or given, story))
                 ended += endings
             else:
                 centroids = torch.empty(len(restarts), k, d, dtype=centroid_dtype(source.dtype), device=device)
                 for i, place in enumerate(centroids):
                     place.copy_(take_rows(source, block, torch.tensor(rows[i], device=device)) if rows else given[i])
                 watch.lap("seed_s")
-                found = lloyd.run(centroids, Story(tell, restarts, unit, lloyd.limits.tol) if tell else None)
+                with named("iterate"):
+                    found = lloyd.run(centroids, Story(tell, restarts, unit, lloyd.limits.tol) if tell else None)
                 ended += found
             watch.lap("iterate_s")
             if tell:
@@ -312,6 +317,7 @@ def _whole(
     )
 
 
+@named("seed")
 def _seed(
     init: str,
     source: ChunkSource,
@@ -339,6 +345,7 @@ def _close(solutions: list[Solution], moments: Moments) -> list[Solution]:
     return [solution for solution in solutions if solution.inertia <= close]
 
 
+@named("select")
 def _best(
     backend: Backend, source: ChunkSource, moments: Moments, solutions: list[Solution], weights: torch.Tensor | None
 ) -> tuple[Solution, torch.Tensor, float]:
