@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from gpuclust.errors import GpuclustError, InputError
 from gpuclust.files import replacing
 
-# Of the ranges of one name that lie side by side in another, so many are in the trace.
+# Of the ranges of one name that lie side by side in another, so many are in the trace,
 FIRST = 4
+# and of each so many of Python's calls and returns; an operation of torch is two, at least.
+CALLS = 1000
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -82,15 +85,15 @@ def profiled(path: str | os.PathLike[str] | None, device: torch.device) -> Itera
     """Record what runs in the block, and write it to ``path`` as a trace that Perfetto and chrome://tracing open.
 
     Recorded are torch's operations and, on a GPU, its kernels and copies. A long run has too many of them: in each
-    range the first `FIRST` ranges of one name are recorded with all that they hold, and no more of that name, so that a
-    trace has the first batches of every pass and the first iterations of every fit, and grows with the passes and
-    layers, not with the images.
+    range the first `FIRST` ranges of one name are recorded with the ranges in them, and no more of that name, and of
+    each the first `CALLS` calls, so that a trace has the first batches of every pass and the beginning of each step and
+    of the first iterations of every fit. It grows with the passes and layers, not with the images.
 
     Parameters
     ----------
     path : path or None
-        ``.json``, or ``.json.gz``, a tenth of it. It is written when the block ends well, whole or not at all. None:
-        nothing is recorded.
+        ``.json``, of some 4 MB for each layer, or ``.json.gz``, a tenth of it. It is written when the block ends well,
+        whole or not at all. None: nothing is recorded.
     device : torch.device
         Of the run.
 
@@ -106,11 +109,13 @@ def profiled(path: str | os.PathLike[str] | None, device: torch.device) -> Itera
         return
     path = _writable(Path(path))
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities, acc_events=True) as profiler:
-        outside = _recorder.set(_Recorder(profiler))
+    with profile(activities=activities) as profiler:
+        recorder = _Recorder(profiler)
+        outside = _recorder.set(recorder)
         try:
             yield
         finally:
+            recorder.stop()
             _recorder.reset(outside)
     try:
         with replacing(path) as temporary:
@@ -126,7 +131,9 @@ class _Recorder:
 
     def __init__(self, profiler: profile) -> None:
         self._profiler = profiler
-        self._on = True
+        self._on, self._calls = True, 0
+        # Another profiler of Python, such as cProfile, goes on; then calls are not counted.
+        self._counts = sys.getprofile() is None
         # For each open range, the outermost first: whether it is recorded, and how often each name has come in it.
         self._open: list[tuple[bool, Counter[str]]] = [(True, Counter())]
 
@@ -148,13 +155,27 @@ class _Recorder:
 
         return close
 
+    def stop(self) -> None:
+        """Count no more calls."""
+        if self._counts:
+            sys.setprofile(None)
+
     def _switch(self, on: bool) -> None:
+        self._calls = 0
+        if self._counts:
+            sys.setprofile(self._count if on else None)
         if on != self._on:
             # With every kind that torch can switch: for fewer it warns that they may not match.
             self._profiler.toggle_collection_dynamic(
                 on, [ProfilerActivity.CPU, ProfilerActivity.CUDA, ProfilerActivity.XPU]
             )
             self._on = on
+
+    def _count(self, *_: object) -> None:
+        """What Python calls at each call and return."""
+        self._calls += 1
+        if self._calls > CALLS:
+            self._switch(False)
 
 
 # Of a thread: ranges of two would not nest.

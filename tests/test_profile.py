@@ -5,16 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 import timeit
 from collections import Counter
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
 
 from gpuclust.cluster import KMeans
 from gpuclust.errors import InputError
-from gpuclust.profile import FIRST, each, named, profiled
+from gpuclust.profile import CALLS, FIRST, each, named, profiled
 
 CPU = torch.device("cpu")
 
@@ -58,6 +60,37 @@ def test_a_trace_does_not_grow_with_the_images(tmp_path: Path) -> None:
             run(batches)
         sizes.append((tmp_path / "trace.json").stat().st_size)
     assert sizes[1] < 1.1 * sizes[0]
+
+
+def test_a_trace_has_the_beginning_of_a_long_range_only(tmp_path: Path) -> None:
+    x = torch.ones(8)
+    with profiled(tmp_path / "trace.json", CPU):
+        for _ in range(2):
+            with named("moments"):
+                for _ in range(20 * CALLS):
+                    x.sin()
+            x.cos()
+    assert sys.getprofile() is None
+    found = counted(tmp_path / "trace.json")
+    assert 2 * CALLS * 0.4 < found["aten::sin"] < 2 * CALLS
+    assert found["aten::cos"] == 0
+    assert found["moments"] == 2
+
+
+def test_another_profiler_of_python_goes_on(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def tell(frame: FrameType, event: str, arg: object) -> None:
+        told.append(event)
+
+    sys.setprofile(tell)
+    try:
+        with profiled(tmp_path / "trace.json", CPU):
+            run(batches=20)
+        assert sys.getprofile() is tell
+    finally:
+        sys.setprofile(None)
+    assert counted(tmp_path / "trace.json")["forward"] == 2 * FIRST
 
 
 def test_the_steps_of_a_fit_are_ranges(tmp_path: Path) -> None:
