@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +47,7 @@ class Progress:
         self._lines: dict[str, rich.progress.TaskID] = {}
         self._left = TimeLeft()
         self._began = self._drawn = time.monotonic()
+        self._resident = 0
         self._memory: Callable[[], str] = lambda: ""
 
     def __enter__(self) -> Self:
@@ -64,32 +65,32 @@ class Progress:
         self._bar.stop()
 
     def begin(
-        self, passes: Sequence[float], layers: Mapping[str, float], planned_bytes: int, device: torch.device
+        self, passes: Mapping[int, float], layers: Mapping[str, float], planned_bytes: int, device: torch.device
     ) -> None:
         """What is still to come, once it is planned; again whenever the plan changes.
 
         Parameters
         ----------
-        passes : sequence of float
-            Predicted seconds of each pass over the images.
+        passes : mapping of int to float
+            Predicted seconds of each pass over the images, by the index that `images` will be told.
         layers : mapping of str to float
             Predicted seconds from where a layer's clustering begins to where the next begins, by the layer's name.
         planned_bytes : int
             The peak of the run's memory by the plan.
         device : torch.device
             Of which memory in use is read: what torch has allocated on a GPU; on a CPU (Linux) what the process has
-            resident more than now.
+            resident more than when this was first called.
         """
         self._left.plan(
             {
-                **{("pass", i): seconds for i, seconds in enumerate(passes)},
+                **{("pass", index): seconds for index, seconds in passes.items()},
                 **{("layer", name): seconds for name, seconds in layers.items()},
             }
         )
         if "run" not in self._lines:
             self._line("run", "the run", 1.0, count="", speed="")
-            self._began = time.monotonic()
-        self._memory = _memory(planned_bytes, device)
+            self._began, self._resident = time.monotonic(), _resident()
+        self._memory = _memory(planned_bytes, device, self._resident)
         self._draw()
 
     def images(self, batches: Iterable[Batch], n: int, index: int = 0, count: int = 1) -> Generator[Batch, None, None]:
@@ -194,9 +195,8 @@ class _Left(rich.progress.TimeRemainingColumn):
         return super().render(task) if task.fields.get("unit") else Text("")
 
 
-def _memory(planned_bytes: int, device: torch.device) -> Callable[[], str]:
-    """What says how much memory is in use, and of how much that is planned."""
-    begun = _resident()
+def _memory(planned_bytes: int, device: torch.device, begun: int) -> Callable[[], str]:
+    """What says how much memory is in use, on a CPU above ``begun``, and of how much that is planned."""
     if device.type == "cpu" and not begun:
         return lambda: ""
     size, unit = (1e9, "GB") if planned_bytes >= 1e9 else (1e6, "MB")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gpuclust.capture.images import Batch
-from gpuclust.progress import Progress, _memory
+from gpuclust.progress import Progress, _memory, _resident
 from gpuclust.rows import cluster_file
 from gpuclust.timeleft import TimeLeft
 
@@ -89,8 +89,10 @@ def test_a_planned_run_shows_its_passes_layers_time_left_and_memory(monkeypatch:
     monkeypatch.setattr("gpuclust.progress._resident", lambda: 300_000_000 + int(now[0]) * 10_000_000)
     monkeypatch.setattr("gpuclust.progress.TimeLeft", lambda: TimeLeft(lambda: now[0]))
     with terminal(monkeypatch) as shown, Progress() as bar:
-        bar.begin([60.0, 60.0], {"conv1": 30.0, "fc2": 30.0}, 2_500_000_000, torch.device("cpu"))
+        bar.begin({0: 60.0, 1: 60.0}, {"conv1": 30.0, "fc2": 30.0}, 2_500_000_000, torch.device("cpu"))
         for i, name in enumerate(("conv1", "fc2")):
+            if i:  # planned anew: memory counts from where it first did
+                bar.begin({1: 60.0}, {"fc2": 30.0}, 2_500_000_000, torch.device("cpu"))
             for _ in bar.images(batches(3), 12, i, 2):
                 now[0] += 20.0
             bar.layer(name, i, 2)
@@ -112,11 +114,11 @@ def test_a_planned_run_shows_its_passes_layers_time_left_and_memory(monkeypatch:
 
 def test_a_gpus_memory_is_what_torch_has_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 750_000_000 * (device.index + 1))
-    assert _memory(6_000_000_000, torch.device("cuda", 1))() == "1.5 of 6.0 GB"
+    assert _memory(6_000_000_000, torch.device("cuda", 1), 0)() == "1.5 of 6.0 GB"
 
 
 def test_a_cpus_memory_is_what_the_process_has_more_than_at_first() -> None:
-    say = _memory(500_000_000, torch.device("cpu"))
+    say = _memory(500_000_000, torch.device("cpu"), _resident())
     held = np.ones(25_000_000)
     used, of, planned, unit = say().split()
     assert 190 < float(used) < 260
