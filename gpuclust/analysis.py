@@ -9,6 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from gpuclust.capture.layers import Layer, choose_layers
 from gpuclust.capture.memory import MemoryPlan
 from gpuclust.capture.models import load_network
 from gpuclust.capture.steps import LayerRows
+from gpuclust.cluster.sources.base import WatchedSource
 from gpuclust.compare.result import LayerResult
 from gpuclust.compare.scores import chance_levels, compare
 from gpuclust.compare.similarity import geometry
 from gpuclust.config import parse_bytes, read_options, show_bytes
+from gpuclust.energy import Energy
 from gpuclust.errors import InputError, first_line, is_out_of_memory
 from gpuclust.prepare import (
     Imagined,
@@ -36,6 +39,7 @@ from gpuclust.prepare import (
     prepare,
     start_peak,
 )
+from gpuclust.profile import named, profiled
 from gpuclust.progress import Progress
 from gpuclust.report import Report, Samples
 from gpuclust.report.folder import RunFolder
@@ -49,6 +53,7 @@ def analyze(
     resume: bool = False,
     force: bool = False,
     progress: bool = True,
+    profile: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Report:
     """What each layer of a network has learned: cluster its activations and compare the clusters with the classes.
@@ -69,6 +74,8 @@ def analyze(
         What to do where ``out`` holds a run: go on with it, or remove it and start over.
     progress : bool
         Whether to show a bar where standard error is a terminal.
+    profile : path, optional
+        File for torch's trace of the run (.json or .json.gz): the first of each kind of step (`gpuclust.profile`).
     **options
         The fields of `gpuclust.config.Options`, as in ``gpuclust run --help``: ``layers``, ``clusters``,
         ``per_class``, ``device``, ``dtype``, ``seed`` and so on.
@@ -91,7 +98,13 @@ def analyze(
     folder = RunFolder(out, resume=resume, force=force)
     images = find_images(data, settings)
     network = find_network(model, images, settings)
-    with in_memory(), prepare(network, images, settings) as setup, Progress(progress) as bar:
+    with (
+        in_memory(),
+        prepare(network, images, settings) as setup,
+        profiled(profile, setup.device),
+        Progress(progress) as bar,
+    ):
+        energy = Energy(setup.device)
         setup.require_kmeans()
         identity = setup.identity() if out else {}
         layers, done = setup.layers, folder.results(identity, len(setup.layers))
@@ -111,6 +124,7 @@ def analyze(
         chance_levels(sizes, setup.clusters, seed=settings.seed),
         {**setup.describe(model, data), "images": folder.images},
     )
+    report.run["energy"] = energy.describe()
     report.run["times"] = {
         "capture_s": sum(result.capture_s for result in report.results),
         "cluster_s": sum(result.cluster_s for result in report.results),
@@ -171,9 +185,16 @@ def cluster_layers(
         plan = setup.plan(left, room, kept=capture.kept)
         plan.require()
         capture.begin(plan)
+        bar.begin(
+            {i: step.capture_s for i, step in enumerate(plan.steps)},
+            {row.name: row.seconds for row in plan.rows},
+            plan.total_bytes,
+            setup.device,
+        )
         try:
-            for step in plan.steps:
-                for rows in capture.rows(step, left, bar.images):
+            for i, step in enumerate(plan.steps):
+                watch = partial(bar.images, index=i, count=len(plan.steps))
+                for rows in capture.rows(step, left, watch):
                     paths, labels, thumbs = capture.seen()
                     samples = Samples(paths, labels, setup.images.classes, thumbs)
                     if not kept:
@@ -181,7 +202,8 @@ def cluster_layers(
                         kept = True
                     index = setup.layers.index(rows.layer)
                     bar.layer(rows.layer.name, index, len(setup.layers))
-                    result = study(setup, rows, samples, note)
+                    with named(f"layer {rows.layer.name}"):
+                        result = study(setup, rows, samples, bar, note)
                     left.remove(rows.layer)
                     del rows  # and with it the memory, before the next layer comes
                     yield index, result
@@ -197,9 +219,11 @@ def cluster_layers(
         note = f"memory ran out ({failed}): planned again for {show_bytes(room.budget_bytes)}"
 
 
-def study(setup: Setup, rows: LayerRows, samples: Samples, note: str = "") -> LayerResult:
+def study(setup: Setup, rows: LayerRows, samples: Samples, bar: Progress, note: str = "") -> LayerResult:
     """Cluster one layer's rows and compare the clusters with the classes; results in the units of the activations."""
     layer, source, scale, limit = rows.layer, rows.source, rows.scale, rows.plan.work_bytes
+    if not source.resident:
+        source = WatchedSource(source, bar.passes(source.shape[0], layer.name))
     n, k, classes = len(samples.paths), setup.clusters, len(samples.classes)
     if k > n:
         raise InputError(f"{k} clusters were asked for, and {n} images could be read: ask for at most that many")
@@ -211,8 +235,9 @@ def study(setup: Setup, rows: LayerRows, samples: Samples, note: str = "") -> La
         fit = setup.kmeans(k, limit).fit(source).fit_report_
     cluster_s, peak = time.perf_counter() - started, peak_bytes(setup.device)
     labels = fit.labels.cpu().numpy()
-    table, match, scores = compare(labels, samples.labels, k, classes)
-    view = geometry(source, fit.labels, k, seed=setup.settings.seed, memory_limit=limit)
+    with named("score"):
+        table, match, scores = compare(labels, samples.labels, k, classes)
+        view = geometry(source, fit.labels, k, seed=setup.settings.seed, memory_limit=limit)
     notes: dict[str, Any] = {"rows": rows.how} if rows.how else {}
     if note:
         notes["memory"] = note

@@ -163,11 +163,14 @@ def run(
     on_bad_image: OnBadImage = "skip",
     max_pixels: MaxPixels = 100_000_000,
     spill: Spill = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write torch's trace of the first steps there (.json, .json.gz).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
     force: Force = False,
 ) -> None:
     """Cluster every layer's activations, beside the classes: a page."""
-    options = _options(locals(), "data", "model", "out", "resume", "force")
+    options = _options(locals(), "data", "model", "out", "resume", "force")  # the trace is no option of the result
     folder = out or f"gpuclust-{re.sub(r'[^A-Za-z0-9._-]+', '-', model).strip('-.')}"
     _analyze(model, data, folder, resume=resume, force=force, **options)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuclust.config import show_bytes
+from gpuclust.driver import NoDriver, asked
+from gpuclust.errors import first_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -194,7 +194,7 @@ def _torch_problem() -> str | None:
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:
-        return f"torch does not import: {_first_line(error)}"
+        return f"torch does not import: {first_line(error)}"
     return None
 
 
@@ -227,14 +227,14 @@ def _cuda() -> dict[str, Any]:
     # torch numbers cards its own way (fastest first, or CUDA_VISIBLE_DEVICES): UUID or PCI slot tell which is which.
     known: dict[str, dict[str, Any]] = {}
     try:
-        with _nvml() as nvml:
+        with asked() as nvml:
             version = nvml.nvmlSystemGetCudaDriverVersion()
             facts["driver"] = _text(nvml.nvmlSystemGetDriverVersion())
             facts["driver_cuda"] = f"{version // 1000}.{version % 1000 // 10}"
             for index in range(nvml.nvmlDeviceGetCount()):
                 card = _nvml_card(nvml, nvml.nvmlDeviceGetHandleByIndex(index))
                 known[card["uuid"]] = card
-    except _NoDriver as error:
+    except NoDriver as error:
         facts["nvml"] = str(error)
     if not facts["problem"]:
         import torch
@@ -260,7 +260,7 @@ def _cuda_problem() -> str | None:
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
-            return f"torch cannot use CUDA: {_first_line(error)}"
+            return f"torch cannot use CUDA: {first_line(error)}"
         return None if torch.cuda.device_count() else "torch sees no CUDA device"
 
 
@@ -292,28 +292,6 @@ def _torch_card(index: int, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-class _NoDriver(Exception):
-    """The driver's management library cannot be asked; the message says why in one line."""
-
-
-@contextmanager
-def _nvml() -> Iterator[Any]:
-    try:
-        import pynvml
-    except ImportError:
-        raise _NoDriver("nvidia-ml-py is not installed, so the driver cannot be asked") from None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        raise _NoDriver(f"the NVIDIA driver does not answer: {_first_line(error)}") from None
-    try:
-        yield pynvml
-    except pynvml.NVMLError as error:
-        raise _NoDriver(f"the NVIDIA driver does not answer: {_first_line(error)}") from None
-    finally:
-        pynvml.nvmlShutdown()
-
-
 def _nvml_card(nvml: Any, handle: Any) -> dict[str, Any]:
     slot = nvml.nvmlDeviceGetPciInfo(handle)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
@@ -335,7 +313,3 @@ def _nvml_card(nvml: Any, handle: Any) -> dict[str, Any]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

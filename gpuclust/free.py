@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from gpuclust.driver import NoDriver, asked, card
+
+# What torch's allocator has of the device, what of that is in use, and what lies between that and is of no use to
+# anything larger.
+_HELD = ("reserved", "active", "inactive_split")
+
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device.
+    """Bytes that can still be allocated on a device: the least of `free_by`."""
+    return min(free_by(device).values())
 
-    On CUDA what the driver has free and what torch holds unused; on the CPU what Linux calls available, or what
-    this process's control group (a container's limit) leaves, whichever is less.
+
+def free_by(device: torch.device) -> dict[str, int]:
+    """Bytes that can still be allocated on a device, by each of those who would refuse more.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Returns
+    -------
+    dict
+        Bytes by name. On CUDA ``CUDA`` (what the runtime has free), ``the driver`` (the same by the driver's own
+        account; absent where it cannot be asked) and ``torch's memory fraction`` where one is set. The first two are
+        one number on a whole card; with MIG the runtime speaks of the slice, and the driver may speak of the card. To
+        each comes what torch holds and can give back: whole segments that nothing uses, but not the gaps between
+        tensors. On the CPU ``the system`` (what Linux calls available) and ``the control group`` (a container's
+        limit) where there is one.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    group = _group_free(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return min(size for size in (_available(Path("/proc/meminfo")), group) if size is not None)
+    if device.type != "cuda":
+        group = _group_free(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+        return {"the system": _available(Path("/proc/meminfo"))} | (
+            {} if group is None else {"the control group": group}
+        )
+    free, total = torch.cuda.mem_get_info(device)
+    stats = torch.cuda.memory_stats(device)
+    reserved, active, gaps = (stats.get(f"{name}_bytes.all.current", 0) for name in _HELD)
+    idle = reserved - active - gaps
+    found = {"CUDA": free + idle}
+    with suppress(NoDriver), asked() as nvml:
+        found["the driver"] = int(nvml.nvmlDeviceGetMemoryInfo(card(nvml, device)).free) + idle
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    if fraction < 1:
+        found["torch's memory fraction"] = max(0, int(fraction * total) - reserved + idle)
+    return found
 
 
 def _available(meminfo: Path) -> int:

@@ -8,90 +8,15 @@ import os
 import platform
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from cases_driver import BIG, GIB, SMALL, a_card, fake_nvml, fake_torch
 from rich.console import Console
 
 from gpuclust import doctor
 from gpuclust.cluster.backends import survey
-
-GIB = 1 << 30
-
-
-class FakeNVMLError(Exception):
-    pass
-
-
-def _card(name, uuid, bus, total, free, capability=(9, 0)):
-    return SimpleNamespace(name=name, uuid=uuid, bus=bus, total=total, free=free, capability=capability)
-
-
-def _fake_nvml(cards, *, fault=None):
-    """A module with the calls of pynvml that the doctor makes; ``fault`` names one that fails."""
-    closed = []
-
-    def call(name, value):
-        def function(*args):
-            if name == fault:
-                raise FakeNVMLError(f"{name} failed\nwith detail")
-            return value(*args)
-
-        return function
-
-    def memory(card):
-        if card.total is None:
-            raise FakeNVMLError("Not Supported")
-        return SimpleNamespace(total=card.total, free=card.free)
-
-    calls = {
-        "nvmlInit": lambda: None,
-        "nvmlShutdown": lambda: closed.append(True),
-        "nvmlSystemGetDriverVersion": lambda: b"580.65.06",
-        "nvmlSystemGetCudaDriverVersion": lambda: 13020,
-        "nvmlDeviceGetCount": lambda: len(cards),
-        "nvmlDeviceGetHandleByIndex": lambda index: cards[index],
-        "nvmlDeviceGetName": lambda card: card.name,
-        "nvmlDeviceGetUUID": lambda card: f"GPU-{card.uuid}",
-        "nvmlDeviceGetPciInfo": lambda card: SimpleNamespace(domain=0, bus=card.bus, device=0),
-        "nvmlDeviceGetMemoryInfo": memory,
-        "nvmlDeviceGetCudaComputeCapability": lambda card: card.capability,
-    }
-    module = ModuleType("pynvml")
-    module.NVMLError = FakeNVMLError
-    for name, value in calls.items():
-        setattr(module, name, call(name, value))
-    module.closed = closed
-    return module
-
-
-def _fake_torch(monkeypatch, cards, *, uuids=True, slices=None):
-    """Let torch see ``cards`` in this order."""
-
-    def properties(index):
-        card = cards[index]
-        return SimpleNamespace(
-            name=card.name,
-            uuid=card.uuid if uuids else "0000",
-            pci_domain_id=0,
-            pci_bus_id=card.bus,
-            pci_device_id=0,
-            major=card.capability[0],
-            minor=card.capability[1],
-            total_memory=slices or card.total or 128 * GIB,
-        )
-
-    monkeypatch.setattr(torch.version, "cuda", "13.2")
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (7 * GIB, 10 * GIB))
-
-
-BIG = _card("NVIDIA H200", "aaaa", 0x41, 140 * GIB, 139 * GIB)
-SMALL = _card("NVIDIA RTX A2000", "bbbb", 0x02, 12 * GIB, 3 * GIB, (8, 6))
 
 
 def _printed(width=120):
@@ -128,9 +53,9 @@ def test_versions_without_importing():
 
 
 def test_cards_are_matched_by_uuid_not_by_number(monkeypatch):
-    nvml = _fake_nvml([SMALL, BIG])
+    nvml = fake_nvml([SMALL, BIG])
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    _fake_torch(monkeypatch, [BIG, SMALL])
+    fake_torch(monkeypatch, [BIG, SMALL])
     found = doctor.examine()
     assert [(c["device"], c["name"], c["total_bytes"], c["free_bytes"]) for c in found["devices"][1:]] == [
         ("cuda:0", "NVIDIA H200", 140 * GIB, 139 * GIB),
@@ -139,21 +64,20 @@ def test_cards_are_matched_by_uuid_not_by_number(monkeypatch):
     assert found["devices"][2]["compute_capability"] == "8.6"
     assert (found["cuda"]["driver"], found["cuda"]["driver_cuda"]) == ("580.65.06", "13.2")
     assert found["cuda"]["problem"] is found["cuda"]["nvml"] is None
-    assert nvml.closed == [True]
     assert json.loads(json.dumps(found)) == found
 
 
 def test_cards_are_matched_by_slot_where_uuids_differ(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", _fake_nvml([SMALL, BIG]))
-    _fake_torch(monkeypatch, [BIG], uuids=False)
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml([SMALL, BIG]))
+    fake_torch(monkeypatch, [BIG], uuids=False)
     cards = doctor.examine()["devices"][1:]
     assert [(c["device"], c["free_bytes"]) for c in cards] == [("cuda:0", 139 * GIB), (None, 3 * GIB)]
 
 
 def test_a_card_that_torch_does_not_see_is_listed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", _fake_nvml([BIG, SMALL]))
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml([BIG, SMALL]))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    _fake_torch(monkeypatch, [SMALL])
+    fake_torch(monkeypatch, [SMALL])
     found = doctor.examine()
     assert [(c["device"], c["name"]) for c in found["devices"][1:]] == [
         ("cuda:0", "NVIDIA RTX A2000"),
@@ -166,17 +90,17 @@ def test_a_card_that_torch_does_not_see_is_listed(monkeypatch):
 
 @pytest.mark.parametrize("slices", [None, 20 * GIB])
 def test_memory_the_driver_does_not_know_or_of_a_slice(monkeypatch, slices):
-    card = _card("NVIDIA GB10", "cccc", 1, None if slices is None else 140 * GIB, 139 * GIB)
-    monkeypatch.setitem(sys.modules, "pynvml", _fake_nvml([card]))
-    _fake_torch(monkeypatch, [card], slices=slices)
+    card = a_card("NVIDIA GB10", "cccc", 1, None if slices is None else 140 * GIB, 139 * GIB)
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml([card]))
+    fake_torch(monkeypatch, [card], slices=slices)
     found = doctor.examine()["devices"][1]
     assert (found["free_bytes"], found["total_bytes"]) == (7 * GIB, 10 * GIB)
 
 
 @pytest.mark.parametrize("fault", ["nvmlInit", "nvmlSystemGetDriverVersion", "nvmlDeviceGetHandleByIndex"])
 def test_a_driver_that_does_not_answer_is_one_line(monkeypatch, fault):
-    monkeypatch.setitem(sys.modules, "pynvml", _fake_nvml([BIG], fault=fault))
-    _fake_torch(monkeypatch, [BIG])
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml([BIG], fault=fault))
+    fake_torch(monkeypatch, [BIG])
     found = doctor.examine()
     assert found["cuda"]["nvml"] == f"the NVIDIA driver does not answer: {fault} failed"
     assert found["devices"][1]["free_bytes"] == 7 * GIB
@@ -189,7 +113,7 @@ def test_without_nvidia_ml_py(monkeypatch):
 
 
 def test_torch_without_cuda(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", _fake_nvml([BIG]))
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml([BIG]))
     monkeypatch.setattr(torch.version, "cuda", None)
     found = doctor.examine()
     assert "no CUDA" in found["cuda"]["problem"]
@@ -217,8 +141,8 @@ def test_hardware_names_what_ran(monkeypatch):
     assert cpu["device"].endswith("(cpu)")
     assert cpu["cores"] >= 1
     assert "gpu_memory" not in cpu
-    monkeypatch.setitem(sys.modules, "pynvml", _fake_nvml([SMALL, BIG]))
-    _fake_torch(monkeypatch, [BIG, SMALL])
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml([SMALL, BIG]))
+    fake_torch(monkeypatch, [BIG, SMALL])
     assert doctor.hardware("cuda")["device"] == "NVIDIA H200 (cuda:0)"
     second = doctor.hardware("cuda:1")
     assert second["device"] == "NVIDIA RTX A2000 (cuda:1)"
@@ -230,9 +154,9 @@ def test_hardware_names_what_ran(monkeypatch):
 
 @pytest.mark.parametrize("width", [60, 120])
 def test_show_says_it_all(monkeypatch, width):
-    card = _card("A [bold]H200[/] \N{RIGHTWARDS ARROW}", "aaaa", 0x41, 140 * GIB, 139 * GIB)
-    monkeypatch.setitem(sys.modules, "pynvml", _fake_nvml([card]))
-    _fake_torch(monkeypatch, [card])
+    card = a_card("A [bold]H200[/] \N{RIGHTWARDS ARROW}", "aaaa", 0x41, 140 * GIB, 139 * GIB)
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml([card]))
+    fake_torch(monkeypatch, [card])
     text = _printed(width)
     for words in ("python", "cuda:0", "[bold]H200[/]", "149 GB", "150 GB", "580.65.06", "Backends", "yes"):
         assert words in text, words

@@ -49,14 +49,14 @@ class Passes:
 
     def again(
         self, layers: Sequence[Layer], write: Write, wanted: Sequence[int] | None = None
-    ) -> Generator[tuple[int, int], None, None]:
-        """A later pass over all batches, or those of these numbers: yields (first image, images) of each."""
+    ) -> Generator[range, None, None]:
+        """A later pass over all batches, or those of these numbers: yields the numbers of each one's images."""
         with ActivationStream(self.network.module, layers) as stream, closing(self.pixels.again(wanted)) as batches:
             for index, start, images in batches:
                 self._forward(stream, index, start, images, write)
                 count = len(images)
                 del images
-                yield start, count
+                yield range(start, start + count)
 
     def activations(self, layer: Layer, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """A later pass up to one layer: (number of the batch, first image, activation (b, *layer.shape)) of each.
@@ -65,8 +65,8 @@ class Passes:
         """
         found: list[Tensor] = []
         with closing(self.again([layer], lambda _, __, activation: found.append(activation), wanted)) as batches:
-            for start, _ in batches:
-                yield start // self.pixels.batch_size, start, found.pop()
+            for images in batches:
+                yield images.start // self.pixels.batch_size, images.start, found.pop()
 
     def _forward(self, stream: ActivationStream, index: int, start: int, images: Tensor, write: Write) -> None:
         with users_code(f"{self.network.name} on {len(images)} images raised"), seeded(self.seed + index):

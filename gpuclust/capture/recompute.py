@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 
 import torch
@@ -32,8 +32,6 @@ class Recomputed:
         What is kept of an activation.
     pass_s : float
         What a pass is predicted to take, in seconds.
-    tell : Callable, optional
-        Hears of each batch: first row and number of rows.
 
     Attributes
     ----------
@@ -50,12 +48,11 @@ class Recomputed:
         dtype: torch.dtype,
         reduction: Reduction,
         pass_s: float,
-        tell: Callable[[int, int], None] | None = None,
     ) -> None:
         self.layer, self.dtype, self.pass_s = layer, dtype, pass_s
         self.shape = passes.pixels.n, reduction.values(layer.shape)
         self.device = torch.empty(0, device=passes.pixels.device).device
-        self._passes, self._reduction, self._tell = passes, reduction, tell
+        self._passes, self._reduction = passes, reduction
         self._unchanged = Unchanged(self.shape[1], 1 if self.device.type == "cuda" else _SAMPLED)
         self._checked = False
         # For each batch, the scale it was stored with and what its rows were multiplied with afterwards.
@@ -90,8 +87,6 @@ class Recomputed:
                     largest_finite(activation, start, self.layer.name, self.dtype)
                 x = self._stored(number, activation)
                 del activation
-                if self._tell:
-                    self._tell(start, len(x))
                 yield start, x
 
     def _activations(self, wanted: list[int] | None = None) -> Iterator[tuple[int, int, Tensor]]:

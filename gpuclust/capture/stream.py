@@ -14,6 +14,7 @@ from gpuclust.arithmetic import full_precision
 from gpuclust.capture.layers import Layer
 from gpuclust.capture.trace import eval_mode, first_argument, first_tensor, function_name, nth, unwrap
 from gpuclust.errors import InputError
+from gpuclust.profile import named
 
 Write = Callable[[Layer, Tensor], None]
 
@@ -64,6 +65,7 @@ class ActivationStream:
         self._entered = False
         self._stack.close()
 
+    @named("forward")
     def forward(self, images: Tensor, write: Write) -> None:
         """One pass: calls ``write(layer, activation)`` once for every layer, in the order of the forward pass.
 
@@ -183,7 +185,8 @@ class _Pass(TorchFunctionMode):
                 f"gave {tuple(activation.shape)}: {advice}"
             )
         del self.wanted[layer.module, layer.call, layer.after]
-        self.write(layer, activation)
+        with named(f"store {layer.name}"):
+            self.write(layer, activation)
 
     def stop_if_done(self) -> None:
         if not self.wanted:

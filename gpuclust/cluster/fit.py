@@ -33,6 +33,7 @@ from gpuclust.cluster.sources.checksum import Sample, require_unchanged
 from gpuclust.cluster.story import Story
 from gpuclust.cluster.sums import total
 from gpuclust.errors import UnavailableError
+from gpuclust.profile import named
 
 # Algebraic inertias that differ by less than this share of the spread are told apart by the rows themselves.
 _ALIKE = 2.0**-36
@@ -215,7 +216,8 @@ def fit_kmeans(
         weights, unit = (None, 1.0) if shares is None else (shares.values, shares.unit)
         spherical: dict[str, Any] = {"finish": unit_means} if metric == "cosine" else {}
         unit *= HALF if spherical else 1.0
-        moments = alone(lambda: Moments.of(source, lightest, block, runner))
+        with named("moments"):
+            moments = alone(lambda: Moments.of(source, lightest, block, runner))
         watch.lap("moments_s")
         lloyd = Lloyd(
             runner,
@@ -246,9 +248,10 @@ def fit_kmeans(
             return Story(tell, restarts, unit, lloyd.limits.tol) if tell else None
 
         if solver == "dual":
-            dual = alone(
-                lambda: Dual(lloyd, memory.spare_bytes, memory.slice_bytes >> room.halvings, image=memory.image)
-            )
+            with named("gram"):
+                dual = alone(
+                    lambda: Dual(lloyd, memory.spare_bytes, memory.slice_bytes >> room.halvings, image=memory.image)
+                )
             watch.lap("gram_s")
             image = dual.take_image()
             starts: list[list[list[int]] | list[torch.Tensor]] = []
@@ -259,7 +262,8 @@ def fit_kmeans(
             watch.lap("seed_s")
             endings: list[Ending] = []
             for restarts, start in zip(groups, starts, strict=True):
-                ended = alone(partial(dual.run, start, story(restarts)))
+                with named("iterate"):
+                    ended = alone(partial(dual.run, start, story(restarts)))
                 told(restarts, ended)
                 endings += ended
             del dual
@@ -275,7 +279,8 @@ def fit_kmeans(
                     else:
                         place.copy_(init[restarts[i]])
                 watch.lap("seed_s")
-                found = lloyd.run(centroids, story(restarts))
+                with named("iterate"):
+                    found = lloyd.run(centroids, story(restarts))
                 watch.lap("iterate_s")
                 told(restarts, found)
                 solutions = _close(solutions + found, moments)
@@ -333,6 +338,7 @@ def _whole(
     )
 
 
+@named("seed")
 def _seed(
     init: str,
     source: ChunkSource,
@@ -361,6 +367,7 @@ def _close(solutions: list[Solution], moments: Moments) -> list[Solution]:
     return [solution for solution in solutions if solution.inertia <= close]
 
 
+@named("select")
 def _best(
     backend: Backend, source: ChunkSource, moments: Moments, solutions: list[Solution], weights: torch.Tensor | None
 ) -> tuple[Solution, torch.Tensor, float]:

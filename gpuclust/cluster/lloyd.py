@@ -27,6 +27,7 @@ from gpuclust.cluster.sources.base import ChunkSource, block_rows, chunk_rows
 from gpuclust.cluster.step import EMPTY, ENDED, MOVES, Course, Finish, Limits, advance, move
 from gpuclust.cluster.story import Story
 from gpuclust.cluster.sums import Grid, joined, power_of_two, total, tree_sum
+from gpuclust.profile import named
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,7 @@ class Lloyd:
             front = self._attend(front, solutions, shifts, story)
         return [solutions[restart] for restart in range(len(shifts))]
 
+    @named("iteration")
     def _iterate(self, front: _Front, first: bool, story: Story | None = None) -> Late:
         """A pass, and the steps of the restarts that it does not end; only a story makes the host wait for the device.
 

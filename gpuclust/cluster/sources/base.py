@@ -73,6 +73,7 @@ class WatchedSource:
     def __init__(self, source: ChunkSource, tell: Callable[[int, int], None]) -> None:
         self._source, self._tell = source, tell
         self.shape, self.dtype, self.device, self.resident = source.shape, source.dtype, source.device, source.resident
+        self.pass_s: float = getattr(source, "pass_s", 0.0)
 
     def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
         for start, x in self._source.chunks(rows):
