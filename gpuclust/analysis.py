@@ -201,7 +201,7 @@ def cluster_layers(
                         folder.keep_samples(samples, setup.images.describe())
                         kept = True
                     index = setup.layers.index(rows.layer)
-                    bar.layer(rows.layer.name, index, len(setup.layers))
+                    bar.layer(rows.layer.name, len(setup.layers) - len(left), len(setup.layers))
                     with named(f"layer {rows.layer.name}"):
                         result = study(setup, rows, samples, bar, note)
                     left.remove(rows.layer)

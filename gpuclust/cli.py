@@ -238,7 +238,7 @@ def plan(
     seed: Seed = 0,
     spill: Spill = None,
 ) -> None:
-    """How a run would handle each layer, in bytes, passes and seconds, without it."""
+    """How a run would handle each layer: bytes, passes, seconds."""
     options = _options(locals(), "data", "model", "images", "card")
     from gpuclust.analysis import plan as make_plan
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gpuclust
+from gpuclust.capture.store import LayerStore
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.compare.result import COLUMNS
 from gpuclust.errors import InputError, MemoryLimitError, UnavailableError
@@ -254,9 +255,9 @@ def test_more_clusters_than_readable_images_are_refused(tmp_path: Path) -> None:
 def test_too_little_memory_is_refused_before_the_pass(tmp_path: Path) -> None:
     pictures = cases.Pictures()
     with pytest.raises(
-        MemoryLimitError, match=r"needs .*\([\d,]+ bytes\).*the memory limit is 20 MB \(20,000,000 bytes\)"
+        MemoryLimitError, match=r"needs .*\([\d,]+ bytes\).*the memory limit is 2 MB \(2,000,000 bytes\)"
     ):
-        gpuclust.analyze(cases.small_net(), pictures, memory_limit="20 MB", out=tmp_path / "run")
+        gpuclust.analyze(cases.small_net(), pictures, memory_limit="2 MB", out=tmp_path / "run")
     # For its kind and shape; of each class for its label and the identity.
     assert pictures.read <= 2 + 2 * len(cases.CLASSES)
     assert not (tmp_path / "run").exists()
@@ -270,12 +271,27 @@ def test_the_memory_limit_of_the_environment_counts(folder: Path, monkeypatch: p
     assert gpuclust.plan(model(), folder, memory_limit="1GiB").fits
 
 
-def test_memory_that_runs_out_all_the_same_is_said_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def allocate(*_: Any, **__: Any) -> None:
-        torch.empty(1 << 60, dtype=torch.uint8)
+def test_memory_that_runs_out_all_the_same_is_planned_again_then_said_in_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, allocate, calls = gpuclust.analyze(model(), folder), LayerStore.__init__, []
 
-    monkeypatch.setattr("gpuclust.analysis.LayerStore", allocate)
-    with pytest.raises(MemoryLimitError, match="memory ran out where the plan said") as caught:
+    def scarce(self: LayerStore, *arguments: Any, **options: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == failing[0]:
+            failing.pop(0)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        allocate(self, *arguments, **options)
+
+    monkeypatch.setattr(LayerStore, "__init__", scarce)
+    failing = [2, -1]
+    found = gpuclust.analyze(model(), folder)
+    assert same_results(found, whole)
+    assert all(
+        "memory ran out (CUDA out of memory): planned again for" in each.notes["memory"] for each in found.results
+    )
+    failing = list(range(1 + len(calls), 1000))
+    with pytest.raises(MemoryLimitError, match=r"needs .*, and the memory limit is|memory ran out where") as caught:
         gpuclust.analyze(model(), folder)
     assert "\n" not in str(caught.value)
 
