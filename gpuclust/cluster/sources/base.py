@@ -28,7 +28,11 @@ _TILE_ROWS = 128
 
 
 class ChunkSource(Protocol):
-    """Rows of one data set, in a fixed order. ``gpuclust.capture.store.LayerStore`` is one, too."""
+    """Rows of one data set, in a fixed order. ``gpuclust.capture.store.LayerStore`` is one, too.
+
+    One whose rows are streamed may say in ``pass_s`` how many seconds a pass over all of them takes, by which a solver
+    is chosen.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -73,6 +77,7 @@ class WatchedSource:
     def __init__(self, source: ChunkSource, tell: Callable[[int, int], None]) -> None:
         self._source, self._tell = source, tell
         self.shape, self.dtype, self.device, self.resident = source.shape, source.dtype, source.device, source.resident
+        self.pass_s: float = getattr(source, "pass_s", 0.0)
 
     def chunks(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
         for start, x in self._source.chunks(rows):
