@@ -51,8 +51,8 @@ def test_activations_of_five_classes_of_a_hundred(network, dtype, size, words):
 
 def test_each_term_is_the_stated_formula():
     made = plan(module_bytes=7)
-    once = 40 * 500 + 193_600 * (96 + 5 * (24 + 8))
-    assert made.work_bytes == once + 10 * (40 * 500 + 5 * 193_600 * (2 * 4 + 12 + 8)) + 32 * 2**20
+    once = 40 * 500 + 193_600 * (32 + 24 + 5 * 4)
+    assert made.work_bytes == once + 10 * (40 * 500 + 5 * 193_600 * (2 * 4 + 16)) + 32 * 2**20
     assert made.forward_bytes == 3 * 32 * 193_600 * 4
     assert made.total_bytes == 7 + made.activations_bytes + made.work_bytes
     assert plan(batch_size=1000).total_bytes == made.activations_bytes + 3 * 1000 * 193_600 * 4
