@@ -383,7 +383,8 @@ def solutions(lloyd: Lloyd, endings: Sequence[Ending], spare_bytes: int = 0) -> 
     away: torch.Tensor | None = None  # centroids of rows that have other labels by now
     for group in grouped(jobs, len(every) + means.more):
         sums = means.sums([(one.home if of_home else one.labels, every) for one, of_home in group])
-        for (one, of_home), part in zip(group, sums.split(len(every), 1), strict=True):
+        for at, (one, of_home) in enumerate(group):
+            part = sums[:, at * len(every) : (at + 1) * len(every)]
             centroids = one.given if away is None else away
             if centroids is None:
                 centroids = torch.empty(len(every), sums.shape[2], dtype=means.dtype, device=sums.device)
@@ -396,4 +397,5 @@ def solutions(lloyd: Lloyd, endings: Sequence[Ending], spare_bytes: int = 0) -> 
             # The matrix is of the rows as they were, the sums of what they are now.
             require_unchanged(abs(inertia - one.inertia) <= one.bound + lloyd.doubt(centroids, inertia))
             found.append(Solution(centroids, one.labels, inertia, one.n_iter, one.shifts))
+        del sums, part  # large, and the next ones are as large
     return found

@@ -203,6 +203,8 @@ def fit_kmeans(
                 lightest=lightest,
                 resident=source.resident,
                 asked=solver == "dual",
+                pass_s=getattr(source, "pass_s", 0.0),
+                moves=algorithm == "hartigan-wong",
             )
             solver, memory = costs.choose("primal" if metric == "cosine" else solver)
             if algorithm == "hartigan-wong" and group.size > 1:
@@ -236,7 +238,7 @@ def fit_kmeans(
         seeds = partial(
             _seed, init if isinstance(init, str) else "", source, moments, k, seed, shares, memory.spare_bytes
         )
-        groups = [range(first, min(n_init, first + memory.together)) for first in range(0, n_init, memory.together)]
+        groups = _some(range(n_init), memory.together)
         solutions: list[Solution] = []
 
         def told(restarts: range, ended: Sequence[Ending | Solution]) -> None:
@@ -250,14 +252,19 @@ def fit_kmeans(
         if solver == "dual":
             with named("gram"):
                 dual = alone(
-                    lambda: Dual(lloyd, memory.spare_bytes, memory.slice_bytes >> room.halvings, image=memory.image)
+                    lambda: Dual(
+                        lloyd, memory.spare_bytes, memory.slice_bytes >> room.halvings, image=not source.resident
+                    )
                 )
             watch.lap("gram_s")
             image = dual.take_image()
-            starts: list[list[list[int]] | list[torch.Tensor]] = []
+            starts: list[list[Any]] = []
             for restarts in groups:
-                given = [] if isinstance(init, str) else [init[restart] for restart in restarts]
-                starts.append(given or alone(partial(seeds, restarts, image)))
+                given: list[Any] = [] if isinstance(init, str) else [init[restart] for restart in restarts]
+                if isinstance(init, str):
+                    for some in _some(restarts, memory.seeded):
+                        given += alone(partial(seeds, some, image))
+                starts.append(given)
             del image
             watch.lap("seed_s")
             endings: list[Ending] = []
@@ -338,6 +345,11 @@ def _whole(
     )
 
 
+def _some(restarts: range, together: int) -> list[range]:
+    """Restarts in groups of so many."""
+    return [restarts[first : first + together] for first in range(0, len(restarts), together)]
+
+
 @named("seed")
 def _seed(
     init: str,
@@ -386,12 +398,11 @@ def _best(
 
 def _same(one: Solution, other: Solution, block: Block) -> bool:
     """Whether two solutions are one, but for the order of the clusters: restarts often end in the same place."""
-    ordered = []
-    for solution in (one, other):
-        labels, order = numbered(solution.labels, len(solution.centroids), block)
-        ordered.append((labels, solution.centroids[order]))
-    differs = [not torch.equal(mine, its) for mine, its in zip(*ordered, strict=True)]
-    return not bool(block.max(torch.tensor([any(differs)], dtype=torch.int64, device=one.labels.device)))
+    (mine, first), (its, second) = (numbered(each.labels, len(each.centroids), block) for each in (one, other))
+    differs = not torch.equal(mine, its)
+    for cluster, same in zip(first.tolist(), second.tolist(), strict=True):
+        differs = differs or not torch.equal(one.centroids[cluster], other.centroids[same])
+    return not bool(block.max(torch.tensor([differs], dtype=torch.int64, device=one.labels.device)))
 
 
 def _keep_freed_memory(device: torch.device) -> None:

@@ -31,10 +31,18 @@ def gamma(terms: float) -> float:
     return terms * U / (1 - terms * U)
 
 
-def slice_width(n: int, d: int, device: torch.device) -> int:
-    """Features whose float64 copy for all rows is cheap to hold. GPUCLUST_CHUNK_BYTES sets its bytes, too."""
-    size = environment().chunk_bytes or _SLICE_BYTES.get(device.type, 16 << 20)
-    return max(1, min(d, relieved(size // 8) // n))
+def slice_width(n: int, d: int, device: torch.device, halvings: int | None = None) -> int:
+    """Features whose float64 copy for all rows is cheap to hold, halved so often; by default as in this fit.
+
+    GPUCLUST_CHUNK_BYTES sets its bytes, too.
+    """
+    values = (environment().chunk_bytes or _SLICE_BYTES.get(device.type, 16 << 20)) // 8
+    return max(1, min(d, (relieved(values) if halvings is None else values >> halvings) // n))
+
+
+def wide_width(n: int, d: int, width: int, itemsize: int, slice_bytes: int) -> int:
+    """Features of all rows that are read in one pass: whole slices, as many as the bytes hold, and one at least."""
+    return min(d, max(1, slice_bytes // (n * width * itemsize)) * width)
 
 
 class Gram:
@@ -77,7 +85,7 @@ class Gram:
         blocks = [slice(start, min(n, start + size)) for start in range(0, n, size)]
         self.values = torch.zeros(n, n, dtype=torch.float64, device=device)
         self.image = None if pixels is None else torch.zeros_like(self.values)
-        for span, x, kept in self._slices(wide_width(source, slice_bytes)):
+        for span, x, kept in self._slices(wide_width(n, d, self._width, source.dtype.itemsize, slice_bytes)):
             _add_products(self.values, self._moved(x, span, kept), blocks)
             if pixels is not None and self.image is not None:
                 for block in blocks:
@@ -116,12 +124,6 @@ class Gram:
                 some = x[:, start : start + self._width]
                 at = first + start
                 yield slice(at, at + some.shape[1]), some, kept[:, : some.shape[1]]
-
-
-def wide_width(source: ChunkSource, slice_bytes: int) -> int:
-    """Features of all rows that are read in one pass: whole slices, as many as the bytes hold, and one at least."""
-    (n, d), width = source.shape, slice_width(*source.shape, source.device)
-    return min(d, max(1, slice_bytes // (n * width * source.dtype.itemsize)) * width)
 
 
 def _wide_slices(source: ChunkSource, width: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -59,7 +59,9 @@ def improve(
         made, sweeps = partition.improve(sweeps)
         if not made:
             return best, dist2, inertia, moves
-        found = lloyd.run(partition.centres.to(best.centroids.dtype)[None])[0]
+        centres = partition.centres.to(best.centroids.dtype)[None]
+        del partition  # whose sums are large
+        found = lloyd.run(centres)[0]
         found_dist2 = distances(lloyd.backend, source, found.centroids, found.labels)
         value = total(found_dist2, None if weights is None else weights.values, moments.block)
         if not value < inertia:

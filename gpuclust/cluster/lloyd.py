@@ -376,13 +376,20 @@ class Lloyd:
     ) -> Iterator[tuple[float, int, float, torch.Tensor]]:
         """The farthest rows of all processes, farthest first: distance, cluster, weight, terms (levels, d)."""
         order = dist2.sort(descending=True, stable=True).indices[:count]
+        weights = None if self.weights is None else self.weights.values
+        if self.group.size == 1:  # one after the other: terms take more than rows
+            for i, x in zip(order.tolist(), self.source.take(order), strict=True):
+                weight = 1.0 if weights is None else weights[i].item()
+                terms = self.moments.grid.split(x.double()[None] * weight)
+                yield dist2[i].item(), int(labels[i]), weight, torch.cat(terms)
+            return
         levels, d = self.moments.grid.levels, self.source.shape[1]
         rows = dist2.new_zeros(self.group.size, count, 3 + levels * d)
         mine = rows[self.group.rank, : order.numel()]
         values = self.source.take(order).double()
         mine[:, 0], mine[:, 1], mine[:, 2] = dist2[order], labels[order].double(), 1.0
-        if self.weights is not None:
-            mine[:, 2] = self.weights.values[order]
+        if weights is not None:
+            mine[:, 2] = weights[order]
             values *= mine[:, 2:3]
         mine[:, 3:] = torch.stack(self.moments.grid.split(values), 1).flatten(1)
         rows = self.group.all_reduce(rows).flatten(0, 1)
@@ -391,14 +398,14 @@ class Lloyd:
 
     def inertia(self, centroids: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
         """T - 2 sum_j (c_j - m) . (S_j - n_j m) + sum_j n_j ||c_j - m||^2, free of any order."""
-        cross = torch.empty_like(centroids, dtype=torch.float64)
+        cross = torch.empty(len(centroids), dtype=torch.float64, device=centroids.device)
         size = block_rows(centroids.shape[1], centroids.device)
         for start in range(0, len(centroids), size):
             part = slice(start, start + size)
             moved = centroids[part].double() - self.moments.mean
-            cross[part] = (joined(sums[:, part]) - mass[part, None] * self.moments.mean).mul_(moved)
-            cross[part].mul_(-2.0).add_(moved.square_().mul_(mass[part, None]))
-        return self.spread + tree_sum(cross.view(1, -1)).item()
+            terms = (joined(sums[:, part]) - mass[part, None] * self.moments.mean).mul_(moved)
+            cross[part] = tree_sum(terms.mul_(-2.0).add_(moved.square_().mul_(mass[part, None])))
+        return self.spread + tree_sum(cross).item()
 
     def doubt(self, centroids: torch.Tensor, inertia: float) -> float:
         """How far `inertia` can be from the ``inertia`` that the rows' distances sum up to, for any labels.
@@ -409,7 +416,9 @@ class Lloyd:
         frame, n = self.moments.frame, self.moments.block.n
         if frame.vanishing:
             return math.inf
-        away = torch.linalg.vector_norm(centroids.double() - self.moments.mean, dim=1).amax().item()
+        parts = centroids.split(block_rows(centroids.shape[1], centroids.device))
+        lengths = [torch.linalg.vector_norm(part.double() - self.moments.mean, dim=1) for part in parts]
+        away = torch.cat(lengths).amax().item()
         half = torch.linalg.vector_norm(self.moments.grid.magic[-1] * (2.0**-53 / 1.5)).item()
         far = math.sqrt(frame.far2)
         row = 2 * away * (half + 2.0**-48 * (frame.offset + far))

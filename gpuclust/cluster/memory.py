@@ -3,14 +3,20 @@
 With n rows in a process, d features, k clusters, w bytes of a centroid's value (8 for float64 rows, else 4), L levels
 of the sums' grid (1 for float32 rows below 2**21 of them; more for float64 and for weights), r restarts at a time:
 
-    primal: 40 n + d (96 + k (24 + 8 L))                  + r (40 n + k d (2 w + 12 + 8 L))          + work
-    dual:   40 n + d (96 + k (32 + 8 L + 3 w)) + 12 n^2   + r (64 n + 32 k n)                        + work
+    primal: 40 n + d (32 + 24 L + k w)                   + r (40 n + k d (2 w + 16 L))          + work
+    dual:   40 n + d (32 + 24 L + k (2 w + 8 L)) + 12 n^2 + r (64 n + 32 k n)                   + work
 
-The 12 d of a centroid are its operands; on a GPU d is there a multiple of 64, since kernels read whole pieces. Rows
-with weights take 40 n more, and 8 n for each restart. ``work`` is what is on the way: scores of a piece of rows,
+The primal's restart has centroids, operands (4 bytes a value) and sums, and its centroids and sums once more where it
+ends beside others, or where an empty cluster gets a row. The dual's has its products with the rows; its centroids are
+of one restart, in the end. 32 + 24 L are the mean, the grid and a row on its way. On a GPU kernels take d (64 + 24 k)
+more, and in a primal restart k d 12 in place of 8 L, with d a multiple of 64, where that is more. Streamed rows take
+4 n^2 more with the dual solver, for the products of the image by which seeding draws; single rows that move 24 k d.
+Rows with weights take 40 n more, and 8 n for each restart. ``work`` is what is on the way: scores of a piece of rows,
 float64 copies of a block of them, lists of those that moved. Less memory makes these pieces smaller, then the restarts
-that share a pass fewer; what is left over keeps sketches or gaps, and what saves seeding a pass. No result depends on
-it.
+that share a pass fewer; what is left over keeps sketches or gaps, and what saves a pass. No result depends on it.
+
+While the dual solver's matrix is found, 40 n + d (24 + 8 L) + 16 n^2 + work are held: all else of a limit is for wide
+slices of streamed rows, and the wider these are the fewer passes it takes.
 
 Where no limit is set a fit gives itself 256 MiB and a tenth of what the rows take, and more where one restart needs it.
 """
@@ -23,6 +29,7 @@ import torch
 
 from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.backends.tile import PIECE, up
+from gpuclust.cluster.seeding.draws import trials
 from gpuclust.cluster.sums import levels_of
 from gpuclust.config import environment, show_bytes
 from gpuclust.errors import MemoryLimitError
@@ -51,49 +58,48 @@ class Share:
         For what may be kept to save time.
     slice_bytes : int
         Of the dual solver, for features of all rows that are streamed.
-    image : bool
-        Whether it keeps the products of the image, by which seeding draws, so that seeding reads no streamed rows.
+    seeded : int
+        Restarts that are seeded at the same time.
     """
 
     halvings: int
     together: int
     spare_bytes: int
     slice_bytes: int = 0
-    image: bool = False
+    seeded: int = 1
 
 
 @dataclass(frozen=True)
 class Needs:
     """What a solver takes, in bytes: once, for each restart that runs at a time, and with chunks of the usual size.
 
-    ``matrix`` is what a matrix of all rows with each other takes, and ``before`` all that is held while the dual solver
-    finds its own: what is left of a limit then is for features of streamed rows.
+    Of the dual solver, ``before`` is what is held while its matrix is found; what is left of a limit then is for
+    features of streamed rows. ``seeds`` is what seeding a restart takes in place of the ``centroids``, a part of
+    ``fixed``; nothing where no rows are read for it.
     """
 
     fixed: int
     restart: int
     work: int
-    matrix: int = 0
     before: int = 0
+    centroids: int = 0
+    seeds: int = 0
 
     @property
     def least(self) -> int:
         """With one restart at a time, and the smallest chunks."""
         return self.fixed + self.restart + (self.work >> _MOST_HALVINGS)
 
-    def within(self, limit: int, restarts: int, resident: bool = True) -> Share:
+    def within(self, limit: int, restarts: int) -> Share:
         """The share of so many restarts in a limit of at least `least` bytes."""
         left = limit - self.fixed
         halvings = _halvings(self.work, min(left // _WORK_SHARE, left - self.restart))
         left -= self.work >> halvings
         together = max(1, min(restarts, left // self.restart))
         spare = max(0, left - together * self.restart)
-        if resident or not self.matrix:
-            return Share(halvings, together, spare)
-        # Of the image's matrix the fixed part has half: when centroids move, it is not there any more.
-        image = self.matrix // 2 <= spare
-        held = self.before + image * self.matrix + (self.work >> halvings)
-        return Share(halvings, together, spare - image * self.matrix // 2, max(0, limit - held), image)
+        slices = max(0, limit - self.before - (self.work >> halvings)) if self.before else 0
+        seeded = max(1, (self.centroids + spare // 2) // self.seeds) if self.seeds else together
+        return Share(halvings, together, spare, slices, min(together, seeded))
 
     def used(self, share: Share) -> int:
         """All but what may be kept."""
@@ -111,19 +117,32 @@ def primal_needs(problem: Problem, n: int, lightest: float | None = None) -> Nee
     """Of the primal solver, for n rows of a process; ``lightest`` is the least weight above 0, where rows have some."""
     d, k, value, sums = problem.d, problem.k, *_values(problem, lightest)
     rows, weighted = _rows(problem, n)
-    fixed = rows + d * (96 + k * (24 + sums))
-    read = d if problem.device.type == "cpu" else up(d, PIECE)
-    restart = (40 + weighted) * n + k * (d * (2 * value + sums) + 12 * read)
+    fixed = rows + d * (32 + 3 * sums + k * value) + _kernels(problem)
+    twice = d * sums if problem.device.type == "cpu" else max(d * sums, 12 * up(d, PIECE))
+    restart = (40 + weighted) * n + k * (d * (2 * value + sums) + twice)
     return Needs(fixed, restart, work_bytes(problem.device))
 
 
-def dual_needs(problem: Problem, n: int, lightest: float | None = None) -> Needs:
-    """Of the dual solver, in the same way."""
+def dual_needs(
+    problem: Problem, n: int, lightest: float | None = None, *, resident: bool = True, moves: bool = False
+) -> Needs:
+    """Of the dual solver, in the same way; ``moves``: whether single rows move in the end."""
     d, k, value, sums = problem.d, problem.k, *_values(problem, lightest)
     rows, weighted = _rows(problem, n)
-    fixed = rows + d * (96 + k * (32 + sums + 3 * value)) + 12 * n * n
-    before = rows + d * (96 + sums) + 8 * n * n
-    return Needs(fixed, (64 + weighted) * n + 32 * k * n, work_bytes(problem.device), 8 * n * n, before)
+    centroids = d * k * (2 * value + sums)
+    fixed = (
+        rows
+        + d * (32 + 3 * sums)
+        + centroids
+        + _kernels(problem)
+        + d * k * 24 * moves
+        + (12 if resident else 16) * n * n
+    )
+    restart, work = (64 + weighted) * n + 32 * k * n, work_bytes(problem.device)
+    if resident:
+        # Of each drawn row that is tried: itself, and as the image has it.
+        return Needs(fixed, restart, work, 0, centroids, d * trials(k) * (value + 16))
+    return Needs(fixed, restart, work, rows + d * (24 + sums) + 16 * n * n + _kernels(problem))
 
 
 def least_bytes(k: int, weighted: bool, n: int, d: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -157,6 +176,11 @@ def _values(problem: Problem, lightest: float | None) -> tuple[int, int]:
     dtype = torch.float64 if lightest is not None else problem.dtype
     levels = levels_of(problem.n, dtype, 1.0 if lightest is None else lightest)
     return (8 if problem.dtype == torch.float64 else 4), 8 * levels
+
+
+def _kernels(problem: Problem) -> int:
+    """Bytes beside, on a GPU."""
+    return 0 if problem.device.type == "cpu" else problem.d * (64 + 24 * problem.k)
 
 
 def _rows(problem: Problem, n: int) -> tuple[int, int]:

@@ -1,18 +1,23 @@
-"""Which solver: what the primal and the dual one would take, in seconds and bytes, from the sizes alone.
+"""Which solver: what the primal and the dual one would take, in seconds, bytes and passes, from the sizes alone.
 
 Both end with the same bits, so that the choice is one of time. It does not look at the machine: constants are those of
-one machine of each kind, and what decides is the ratio of the operations. What both do, moments, seeding and the last
-distances, is left out. A restart is taken to need 12 iterations, in which every row joins a cluster four times: once in
-the first, and three times in all that follow. That is what activations need; on rows that lie in clear groups restarts
-end after two or three, and the primal solver is then faster than is said here.
+one machine of each kind, and what decides is the ratio of the operations. Of rows on the device, what both do, moments,
+seeding and the last distances, is left out. A restart is taken to need 12 iterations, in which every row joins a
+cluster four times: once in the first, and three times in all that follow. That is what activations need; on rows that
+lie in clear groups restarts end after two or three, and the primal solver is then faster than is said here.
+
+Rows that are streamed are read in passes, whose number times the seconds of one counts for each solver: all of them,
+the same ones too. The primal's seeding reads them twice for each cluster, for the rows that it tries and for distances;
+the dual's not at all, but it reads them once for each wide slice of features.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gpuclust.cluster.backends.base import Problem
-from gpuclust.cluster.gram import BLOCKS
+from gpuclust.cluster.gram import BLOCKS, slice_width, wide_width
 from gpuclust.cluster.memory import Share, default_limit, dual_needs, primal_needs
 from gpuclust.config import show_bytes
 from gpuclust.errors import MemoryLimitError, UnavailableError
@@ -25,6 +30,9 @@ _PASSES, _JOINS = 12, 4
 _CENTROID_BYTES = 80
 # Bytes moved for each score in a pass: torch's operations on a CPU go over all of them, kernels keep them.
 _SCORE_BYTES = {"cpu": 40, "cuda": 0}
+# Passes over streamed rows of every fit, for moments and the last distances; of the dual solver, for true centroids and
+# what single rows decide.
+_ALWAYS, _DECIDED = 4, 3
 # Adding a row to a sum costs as much as so many columns of a product.
 _PER_ADD = 16
 
@@ -33,7 +41,8 @@ _PER_ADD = 16
 class Plan:
     """What the solvers would take; ``refused`` says why the dual one cannot run, if so, and ``limited`` why the primal.
 
-    ``primal`` and ``dual`` are how they divide the limit.
+    ``primal`` and ``dual`` are how they divide the limit; ``primal_passes`` and ``dual_passes`` how often they read
+    rows that are streamed, 0 where these lie on the device.
     """
 
     primal_s: float
@@ -44,15 +53,14 @@ class Plan:
     dual: Share
     refused: str | None
     limited: MemoryLimitError | None = None
-    primal_passes: int = 30
-    dual_passes: int = 8
+    primal_passes: int = 0
+    dual_passes: int = 0
 
     def __str__(self) -> str:
+        primal = _shown("primal", self.primal_s, self.primal_bytes, self.primal_passes)
         if self.refused:
-            return f"{_shown('primal', self.primal_s, self.primal_bytes)}; no dual: {self.refused}"
-        return "; ".join(
-            (_shown("dual", self.dual_s, self.dual_bytes), _shown("primal", self.primal_s, self.primal_bytes))
-        )
+            return f"{primal}; no dual: {self.refused}"
+        return f"{_shown('dual', self.dual_s, self.dual_bytes, self.dual_passes)}; {primal}"
 
     def choose(self, solver: str) -> tuple[str, Share]:
         """The solver for what was asked for, with "auto" the faster one that the limit allows, and its share.
@@ -83,8 +91,9 @@ def plan(
     resident: bool = True,
     asked: bool = False,
     pass_s: float = 0.0,
+    moves: bool = False,
 ) -> Plan:
-    """The plan for a problem; a row's value is taken to have 4 bytes.
+    """The plan for a problem; a row's value on the device is taken to have 4 bytes.
 
     Parameters
     ----------
@@ -96,7 +105,11 @@ def plan(
     lightest : float, optional
         The least weight above 0, where rows have weights.
     resident : bool
-        Whether the rows lie on the device.
+        Whether the rows lie on the device; else they are streamed.
+    pass_s : float
+        Seconds of one pass over rows that are streamed; 0.0: as their bytes take.
+    moves : bool
+        Whether single rows move in the end.
     """
     n, d, restarts, device = problem.n, problem.d, problem.restarts, problem.device
     products, read = _RATES.get(device.type, _RATES["cpu"])
@@ -111,9 +124,22 @@ def plan(
     dual_s = triangle + iterations + 28 * values / read + joins
 
     rows = n if rows is None else rows
-    primal, dual = primal_needs(problem, rows, lightest), dual_needs(problem, rows, lightest)
+    primal = primal_needs(problem, rows, lightest)
+    dual = dual_needs(problem, rows, lightest, resident=resident, moves=moves)
     given = default_limit(problem, rows, primal) if memory_limit is None else memory_limit
-    shares = [needs.within(max(given, needs.least), restarts, resident) for needs in (primal, dual)]
+    shares = [needs.within(max(given, needs.least), restarts) for needs in (primal, dual)]
+    used = [primal.used(shares[0]), dual.used(shares[1])]
+    passes = [0, 0]
+    if not resident:
+        size = problem.dtype.itemsize
+        width = slice_width(rows, d, device, shares[1].halvings)
+        wide = wide_width(rows, d, width, size, shares[1].slice_bytes)
+        groups = math.ceil(restarts / shares[0].together)
+        passes = [_ALWAYS + groups * (1 + 2 * problem.k + _PASSES), _ALWAYS + math.ceil(d / wide) + _DECIDED]
+        used[1] = max(used[1], dual.before + rows * wide * size + (dual.work >> shares[1].halvings))
+        one_pass = pass_s or rows * d * size / read
+        primal_s += passes[0] * one_pass
+        dual_s += passes[1] * one_pass + triangle
     room = free_bytes(device) if asked and memory_limit is None else given
     refused, limited = None, None
     if problem.ranks > 1:
@@ -124,9 +150,8 @@ def plan(
         refused = f"it takes {show_bytes(dual.least)} beside the rows, of {show_bytes(room)}"
     if memory_limit is not None and memory_limit < primal.least:
         limited = primal.too_little(memory_limit)
-    used = primal.used(shares[0]), dual.used(shares[1])
-    return Plan(primal_s, used[0], shares[0], dual_s, used[1], shares[1], refused, limited)
+    return Plan(primal_s, used[0], shares[0], dual_s, used[1], shares[1], refused, limited, *passes)
 
 
-def _shown(solver: str, seconds: float, size: int) -> str:
-    return f"{solver}: {seconds:.2g} s, {show_bytes(size)}"
+def _shown(solver: str, seconds: float, size: int, passes: int) -> str:
+    return f"{solver}: {seconds:.2g} s, {show_bytes(size)}" + (f", {passes} passes" if passes else "")

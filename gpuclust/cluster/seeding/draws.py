@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 # Numbers of 64 bits that Philox makes of each value of its counter.
 _PER_COUNT = 4
+
+
+def trials(k: int) -> int:
+    """Rows that greedy k-means++ tries in each step for ``k`` clusters, as scikit-learn does."""
+    return 2 + int(math.log(k))
 
 
 class RandomBits:

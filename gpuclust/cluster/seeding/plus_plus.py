@@ -9,7 +9,6 @@ best of 2 + log k draws, as scikit-learn's does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,7 +18,7 @@ from gpuclust.cluster.distributed import Block
 from gpuclust.cluster.exact import reference_dist2
 from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.seeding.cover import Cover
-from gpuclust.cluster.seeding.draws import RandomBits
+from gpuclust.cluster.seeding.draws import RandomBits, trials
 from gpuclust.cluster.seeding.image import Image
 from gpuclust.cluster.sources.base import ChunkSource
 
@@ -78,7 +77,7 @@ class _PlusPlus:
         image: Image | None,
     ) -> None:
         self.source, self.k = source, k
-        self.trials = 2 + int(math.log(k))
+        self.trials = trials(k)
         self.cover = Cover(source, moments, bits, weights, spare_bytes // 2, image=image)
         self.keeps = 8 * source.shape[0] * len(bits) * (self.trials + 1) <= spare_bytes // 2
 

@@ -28,7 +28,11 @@ _TILE_ROWS = 128
 
 
 class ChunkSource(Protocol):
-    """Rows of one data set, in a fixed order. ``gpuclust.capture.store.LayerStore`` is one, too."""
+    """Rows of one data set, in a fixed order. ``gpuclust.capture.store.LayerStore`` is one, too.
+
+    One whose rows are streamed may say in ``pass_s`` how many seconds a pass over all of them takes, by which a solver
+    is chosen.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
