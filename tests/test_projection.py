@@ -10,7 +10,7 @@ import torch
 from cases_rows import peak_bytes
 
 from gpuclust.capture import projection
-from gpuclust.capture.projection import Distortion, Projection
+from gpuclust.capture.projection import Distortion, Projection, projection_bytes
 
 
 def _errors(x, m, seeds):
@@ -131,7 +131,7 @@ def test_the_same_bits_on_the_gpu():
         before = torch.cuda.memory_allocated()
         assert torch.equal(project(on_device.to(memory_format=torch.channels_last)).cpu(), on_host)
         held = torch.cuda.max_memory_allocated() - before - on_device.nbytes
-        assert held <= project.work_bytes(20, dtype.itemsize, "cuda") + (1 << 14)
+        assert held <= projection_bytes(58560, 256, 20, dtype.itemsize, "cuda")[1] + (1 << 14)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +146,11 @@ def test_the_same_bits_on_the_gpu():
 def test_what_it_holds_is_foretold(b, shape, m, dtype):
     project = Projection(math.prod(shape), m, 0, "cpu")
     x = torch.ones(b, *shape, dtype=dtype)
-    said = project.work_bytes(b, dtype.itemsize, "cpu")
+    stays, said = projection_bytes(project.d, m, b, dtype.itemsize, "cpu")
     peak = peak_bytes(lambda: project(x))
     assert 0.5 * said < peak <= said + 256
     kept = sum(t.nbytes for t in vars(project).values() if isinstance(t, torch.Tensor))
-    assert kept == pytest.approx(project.state_bytes, abs=8)
+    assert kept == pytest.approx(stays, abs=8)
 
 
 def test_distortion_is_that_of_the_pairs():

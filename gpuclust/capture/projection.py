@@ -52,7 +52,7 @@ class Projection:
     seed : int
         The same seed, d and m are the same projection on every machine.
     device
-        Where the activations are. `state_bytes` stay there: about one for each value.
+        Where the activations are. About a byte for each value stays there; see `projection_bytes`.
     """
 
     def __init__(self, d: int, m: int, seed: int, device: torch.device | str) -> None:
@@ -69,7 +69,7 @@ class Projection:
     def __call__(self, activations: Tensor) -> Tensor:
         """Project a batch (b, *shape), in C order of the shape: (b, m), float32 or, of float64, float64."""
         dtype = torch.float64 if activations.dtype == torch.float64 else torch.float32
-        step = self._groups_at_a_time(len(activations), dtype.itemsize, activations.device.type)
+        step = _groups_at_a_time(self.m, len(activations), dtype.itemsize, activations.device.type)
         # Sums of 2^i groups, each i once, as in a binary counter: the tree does not depend on the step.
         waiting: list[tuple[int, Tensor]] = []
         start = 0
@@ -85,27 +85,6 @@ class Projection:
             total = waiting.pop()[1].add_(total)
         # The sign of a zero is that of a sum of zeros: one for all.
         return total.mul_(1 / math.sqrt(BLOCKS)).add_(0.0).view(-1, self.m)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes that stay on the device."""
-        return self.groups * (self.buckets + 8 * BLOCKS)
-
-    def work_bytes(self, batch: int, itemsize: int, device: str) -> int:
-        """Bytes on the device while a batch is projected, its result among them, at most.
-
-        ``itemsize`` is of the activations, ``device`` the type: "cpu" or "cuda".
-        """
-        size = 8 if itemsize == 8 else 4
-        step = min(self._groups_at_a_time(batch, size, device), self.groups)
-        # Rows twice over and turned (or once and twice over), signs, and where groups are.
-        turned = step * self.buckets * (batch * size * (2 + BLOCKS) + BLOCKS * (size + 2)) + 8 * step
-        return turned + ((self.groups // step).bit_length() + 2) * batch * self.m * size
-
-    def _groups_at_a_time(self, batch: int, itemsize: int, device: str) -> int:
-        """A power of two."""
-        fit = _TURNED_BYTES.get(device, _TURNED_BYTES["cpu"]) // (max(1, batch) * self.m * itemsize)
-        return 1 << max(1, fit).bit_length() - 1
 
     def _sum(self, activations: Tensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
         """The sum of some groups, 2^i of them, turned and with their signs, in every block: (b, 8, B)."""
@@ -125,6 +104,24 @@ class Projection:
         while turned.shape[2] > 1:
             turned = turned[:, :, 0::2].add_(turned[:, :, 1::2])
         return turned.contiguous()
+
+
+def projection_bytes(d: int, m: int, batch: int, itemsize: int, device: str) -> tuple[int, int]:
+    """Bytes on the device that a `Projection` keeps, and those that one call for a batch takes at most, its result
+    among them; ``itemsize`` is of the activations, ``device`` the type, "cpu" or "cuda"."""
+    buckets, size = m // BLOCKS, 8 if itemsize == 8 else 4
+    groups = -(-d // buckets)
+    step = min(_groups_at_a_time(m, batch, size, device), groups)
+    # Rows twice over and turned, signs, where groups are; and the sums that wait.
+    turned = step * buckets * (batch * size * (2 + BLOCKS) + BLOCKS * (size + 2)) + 8 * step
+    waiting = ((groups // step).bit_length() + 2) * batch * m * size
+    return groups * (buckets + 8 * BLOCKS), turned + waiting
+
+
+def _groups_at_a_time(m: int, batch: int, itemsize: int, device: str) -> int:
+    """A power of two."""
+    fit = _TURNED_BYTES.get(device, _TURNED_BYTES["cpu"]) // (max(1, batch) * m * itemsize)
+    return 1 << max(1, fit).bit_length() - 1
 
 
 def copy_features(activations: Tensor, first: int, out: Tensor) -> None:
