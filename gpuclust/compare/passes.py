@@ -62,13 +62,12 @@ class Picked:
     def __init__(self, source: Source, index: np.ndarray | None, work: Workspace) -> None:
         self.source, self.work = source, work
         self.index = None if index is None or len(index) == source.shape[0] else index
-        self._places = None if self.index is None else torch.as_tensor(self.index, device=source.device)
         self.count = source.shape[0] if self.index is None else len(self.index)
 
     def held(self) -> Picked:
         """The same rows, copied to the device."""
-        index = torch.arange(self.count, device=self.source.device) if self._places is None else self._places
-        return Picked(Resident(self.source.take(index)), None, self.work)
+        index = np.arange(self.count) if self.index is None else self.index
+        return Picked(Resident(self.source.take(self._on_device(index))), None, self.work)
 
     def slices(self, features: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Slices of ``work.width`` features, in order: which, the rows centred (m, w) and their mean (w,), float64.
@@ -78,7 +77,8 @@ class Picked:
         """
         width, m = self.work.width, self.count
         kept = torch.empty(m * width, dtype=torch.float64, device=self.source.device)
-        for first, x, places in self._wide(features):
+        for first, x, picked in self._wide(features):
+            places = None if picked is None else self._on_device(picked)
             for start in range(0, x.shape[1], width):
                 values = x[:, start : start + width]
                 # Contiguous whatever the strides of the rows are: the bits of a product may depend on them.
@@ -94,7 +94,8 @@ class Picked:
         """
         size, filled = self.work.block, 0
         kept = torch.empty(size, self.source.shape[1], dtype=torch.float64, device=self.source.device)
-        for first, x, places in self._chunks():
+        for first, x, picked in self._chunks():
+            places = None if picked is None else self._on_device(picked)
             count, at = len(x) if places is None else len(places), 0
             while at < count:
                 part = slice(at, min(count, at + size - filled))
@@ -104,8 +105,9 @@ class Picked:
                 if filled == size or first + at == self.count:
                     yield first + at - filled, kept[:filled]
                     filled = 0
+            del x  # a chunk may be a whole batch of a network: it goes before the next comes
 
-    def _wide(self, features: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    def _wide(self, features: int) -> Iterator[tuple[int, torch.Tensor, np.ndarray | None]]:
         """Wide slices: their first feature, rows, and the numbers of those that count (None: all)."""
         d = self.source.shape[1]
         if self.source.resident:
@@ -120,17 +122,24 @@ class Picked:
                 if places is None:
                     wide[first : first + len(x)] = x[:, start:stop]
                 else:
-                    torch.index_select(x[:, start:stop], 0, places, out=wide[first : first + len(places)])
+                    # One by one: gathered at once they would be held twice.
+                    for row, place in enumerate(places, first):
+                        wide[row] = x[place, start:stop]
+                del x
             yield start, wide, None
 
-    def _chunks(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    def _chunks(self) -> Iterator[tuple[int, torch.Tensor, np.ndarray | None]]:
         """One pass: the number of a chunk's first picked row among all of them, the chunk, and which of it are picked
         (None: all)."""
         n = self.source.shape[0]
         for start, x in self.source.chunks(n if self.source.resident else min(n, self.work.block)):
-            if self.index is None or self._places is None:
+            if self.index is None:
                 yield start, x, None
-                continue
-            first, end = np.searchsorted(self.index, (start, start + len(x))).tolist()
-            if first < end:
-                yield first, x, self._places[first:end] - start
+            else:
+                first, end = np.searchsorted(self.index, (start, start + len(x))).tolist()
+                if first < end:
+                    yield first, x, self.index[first:end] - start
+            del x
+
+    def _on_device(self, index: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(index, device=self.source.device)
