@@ -82,7 +82,12 @@ class SeededOrder:
 
     def reach(self, needed: Mapping[str, int]) -> None:
         """See to it that so many keys of these classes are there, or all of a class that has no more."""
-        short = {name: need for name, need in needed.items() if not self._has(name, need)}
+        # Twice as many as there are, so that a class of bad images is walked through a few times only.
+        short = {
+            name: max(need, 2 * len(self._found.get(name, ())))
+            for name, need in needed.items()
+            if not self._has(name, need)
+        }
         while short:
             shares = {name: (need + 4 * math.isqrt(need) + 16) / self._counts[name] for name, need in short.items()}
             for name, keys in self._walk({name: self._below(share) for name, share in shares.items()}):

@@ -7,7 +7,6 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -25,60 +24,63 @@ def read_manifest(path: Path, class_level: int | None = None) -> Catalog:
 
     Relative paths are relative to the table. The parts of a label between slashes are its folder path, which
     `class_level` cuts. A file that isn't there is found out when it is decoded. While the table is read for the first
-    time some 60 bytes a line are held, to find the images that are there twice.
+    time 8 bytes a line are held, to find the images that are there twice; these are read once more.
 
     Raises
     ------
     InputError
         If the table can't be read, lacks a column or an entry, or puts one image in two classes.
     """
-    numbers: dict[str, int] = {}
-    hashes, classes = bytearray(), array("i")
     base = os.path.join(os.path.abspath(path.parent), "")
+    found: dict[str, int] = {}
+    hashes = array("q")
     for line, image, label in _rows(path):
         if not image or not label:
             raise InputError(f"{path}, line {line}: {'path' if not image else 'label'} is empty")
-        hashes += blake2b(_absolute(base, image).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        classes.append(numbers.setdefault(_class(label, class_level), len(numbers)))
-    if not numbers:
+        hashes.append(hash(_absolute(base, image)))
+        name = _class(label, class_level)
+        found[name] = found.get(name, 0) + 1
+    if not found:
         raise InputError(f"{path} lists no image")
-    of_class = np.frombuffer(classes, np.intc)
-    first = _first_of_each(np.frombuffer(hashes, np.uint64).reshape(-1, 2))
-    repeats = np.flatnonzero(first != np.arange(len(first)))
-    moved = repeats[of_class[repeats] != of_class[first[repeats]]]
-    if len(moved):
-        before = list(numbers)[of_class[first[moved[0]]]]
-        line, image, label = next(row for i, row in enumerate(_rows(path)) if i == moved[0])
-        raise InputError(
-            f"{path}, line {line}: {image} is in class {before!r} already, and now in {_class(label, class_level)!r}"
-        )
-    totals = np.bincount(np.delete(of_class, repeats), minlength=len(numbers))
-    counts = {name: int(totals[numbers[name]]) for name in sorted(numbers, key=natural)}
+    repeats = array("q")
+    classes: dict[str, str] = {}
+    if twice := _twice(hashes):
+        for number, (line, image, label) in enumerate(_rows(path)):
+            if hash(key := _absolute(base, image)) not in twice:
+                continue
+            name = _class(label, class_level)
+            if key not in classes:
+                classes[key] = name
+            elif classes[key] == name:
+                repeats.append(number)
+                found[name] -= 1
+            else:
+                raise InputError(
+                    f"{path}, line {line}: {image} is in class {classes[key]!r} already, and now in {name!r}"
+                )
 
     def walk(wanted: Wanted) -> Iterator[tuple[str, Iterable[str]]]:
-        found = {name: Keys() for name in wanted}
-        again = iter(repeats.tolist())
+        chosen = {name: Keys() for name in wanted}
+        again = iter(repeats)
         repeat = next(again, None)
-        for i, (_, image, label) in enumerate(_rows(path)):
-            if i == repeat:
+        for number, (_, image, label) in enumerate(_rows(path)):
+            if number == repeat:
                 repeat = next(again, None)
             elif (want := wanted.get(name := _class(label, class_level))) and want(key := _posix(image)):
-                found[name].append(key)
+                chosen[name].append(key)
         for name in wanted:
-            yield name, found.pop(name)
+            yield name, chosen.pop(name)
 
+    counts = {name: found[name] for name in sorted(found, key=natural)}
     parts = {name: tuple(part for part in name.split("/") if part) or (name,) for name in counts}
     return Catalog(str(path), "manifest", counts, walk, parts, ignored=len(repeats), root=path.parent)
 
 
-def _first_of_each(hashes: np.ndarray) -> np.ndarray:
-    """For each line the first line that has the same hash (n, 2)."""
-    order = np.lexsort(hashes.T)  # stable: equal ones stay in the order of the lines
-    fresh = np.ones(len(order), bool)
-    fresh[1:] = (hashes[order[1:]] != hashes[order[:-1]]).any(1)
-    first = np.empty_like(order)
-    first[order] = order[np.flatnonzero(fresh)][np.cumsum(fresh) - 1]
-    return first
+def _twice(hashes: array[int]) -> set[int]:
+    """The hashes that are there more than once: of images that may be, too. Sorts them where they are."""
+    numbers = np.frombuffer(hashes, np.int64)
+    numbers.sort()
+    return set(numbers[1:][numbers[1:] == numbers[:-1]].tolist())
 
 
 def _class(label: str, class_level: int | None) -> str:
