@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from gpuclust.capture.catalog import Catalog
 from gpuclust.capture.images import ImageSource
 
 
@@ -26,6 +27,11 @@ def write_images(root: Path, sizes: dict[str, int]) -> Path:
         for i in range(count):
             Image.new("RGB", (10, 12), (i, place, 0)).save(folder / f"{i:02}.png")
     return root
+
+
+def keys(catalog: Catalog) -> dict[str, list[str]]:
+    """All keys of all classes."""
+    return {name: list(some) for name, some in catalog.walk(dict.fromkeys(catalog.counts, lambda _: True))}
 
 
 def run(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases_images import keys
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -69,7 +70,7 @@ def write_fashion_mnist(root: Path, count: int = 20) -> np.ndarray:
 )
 def test_labels_are_read_from_the_items(labels):
     catalog = read_dataset(Pairs(labels))
-    assert catalog.keys == {"0": ["1"], "1": ["0", "2"], "2": ["3"]}
+    assert keys(catalog) == {"0": ["1"], "1": ["0", "2"], "2": ["3"]}
     assert catalog.parts == {"0": ("0",), "1": ("1",), "2": ("2",)}
     assert (catalog.kind, catalog.data) == ("dataset", "Pairs")
 
@@ -85,59 +86,59 @@ def test_labels_are_read_from_the_items(labels):
 )
 def test_stored_labels_are_taken_if_one_item_of_each_class_says_the_same(stored):
     data = Pairs([1, 0, 1], **stored)
-    assert read_dataset(data).keys == {"0": ["1"], "1": ["0", "2"]}
+    assert keys(read_dataset(data)) == {"0": ["1"], "1": ["0", "2"]}
     assert data.reads == 2
 
 
 def test_at_most_sixteen_items_are_read_to_trust_stored_labels():
     labels = [i % 40 for i in range(120)]
     data = Pairs(labels, targets=labels)
-    assert len(read_dataset(data).keys) == 40
+    assert len(read_dataset(data).counts) == 40
     assert 8 <= data.reads <= 16
 
 
 def test_labels_that_a_subclass_returns_in_place_of_the_stored_ones_are_the_classes():
     data = Pairs([0, 0, 1, 1], targets=[0, 1, 2, 3], classes=["a", "b", "c", "d"])
-    assert read_dataset(data).keys == {"a": ["0", "1"], "b": ["2", "3"]}
+    assert keys(read_dataset(data)) == {"a": ["0", "1"], "b": ["2", "3"]}
 
 
 def test_stored_labels_that_the_items_may_not_return_are_not_taken():
     changed = Pairs([5, 6], targets=[0, 1], target_transform=lambda label: label + 5)
-    assert read_dataset(changed).keys == {"5": ["0"], "6": ["1"]}
+    assert keys(read_dataset(changed)) == {"5": ["0"], "6": ["1"]}
     other_length = Pairs([5, 6], targets=[0, 1, 2])
-    assert read_dataset(other_length).keys == {"5": ["0"], "6": ["1"]}
+    assert keys(read_dataset(other_length)) == {"5": ["0"], "6": ["1"]}
     files = Pairs([5, 6], samples=["a.png", "b.png"])
-    assert read_dataset(files).keys == {"5": ["0"], "6": ["1"]}
+    assert keys(read_dataset(files)) == {"5": ["0"], "6": ["1"]}
 
 
 def test_classes_are_named_by_the_data_set():
     catalog = read_dataset(Pairs([1, 0], classes=["zebra", "ant"]))
-    assert list(catalog.keys.items()) == [("zebra", ["1"]), ("ant", ["0"])]
+    assert list(keys(catalog).items()) == [("zebra", ["1"]), ("ant", ["0"])]
     synonyms = read_dataset(Pairs([0, 1, 2], classes=[("crane", "bird"), ("crane",), ("crane",)]))
-    assert list(synonyms.keys) == ["crane, bird", "crane (1)", "crane (2)"]
+    assert list(synonyms.counts) == ["crane, bird", "crane (1)", "crane (2)"]
     too_few = read_dataset(Pairs([0, 3], classes=["zebra", "ant"]))
-    assert list(too_few.keys) == ["0", "3"]
+    assert list(too_few.counts) == ["0", "3"]
 
 
 def test_classes_without_names_are_in_natural_order():
-    assert list(read_dataset(Pairs(["b10", "b9", "a"])).keys) == ["a", "b9", "b10"]
-    assert list(read_dataset(Pairs([10, 9, -1])).keys) == ["-1", "9", "10"]
-    assert list(read_dataset(Pairs([1.5, 0.5])).keys) == ["0.5", "1.5"]
+    assert list(read_dataset(Pairs(["b10", "b9", "a"])).counts) == ["a", "b9", "b10"]
+    assert list(read_dataset(Pairs([10, 9, -1])).counts) == ["-1", "9", "10"]
+    assert list(read_dataset(Pairs([1.5, 0.5])).counts) == ["0.5", "1.5"]
 
 
 def test_subsets_and_concatenations():
     whole = Pairs([0, 1, 0, 1], targets=[0, 1, 0, 1], classes=["x", "y"])
-    assert read_dataset(Subset(Subset(whole, [3, 2, 1]), [0, 1])).keys == {"x": ["1"], "y": ["0"]}
+    assert keys(read_dataset(Subset(Subset(whole, [3, 2, 1]), [0, 1]))) == {"x": ["1"], "y": ["0"]}
     assert whole.reads == 2
-    assert read_dataset(ConcatDataset([whole, Pairs([2])])).keys == {"0": ["0", "2"], "1": ["1", "3"], "2": ["4"]}
+    assert keys(read_dataset(ConcatDataset([whole, Pairs([2])]))) == {"0": ["0", "2"], "1": ["1", "3"], "2": ["4"]}
     tensors = TensorDataset(torch.zeros(3, 1, 2, 2), torch.tensor([1, 0, 1]))
-    assert read_dataset(tensors).keys == {"0": ["1"], "1": ["0", "2"]}
+    assert keys(read_dataset(tensors)) == {"0": ["1"], "1": ["0", "2"]}
 
 
 def test_items_that_fail_are_listed_and_not_in_a_class():
     catalog = read_dataset(Pairs([0, OSError("disk"), 1]))
     assert catalog.unlabelled == (("1", "OSError: disk"),)
-    assert catalog.keys == {"0": ["0"], "1": ["2"]}
+    assert keys(catalog) == {"0": ["0"], "1": ["2"]}
     with pytest.raises(InputError, match="Pairs holds no item that can be read: OSError: disk"):
         read_dataset(Pairs([OSError("disk")]))
 
@@ -158,12 +159,12 @@ def test_an_item_is_a_pair():
 def test_a_loader_in_order_is_its_data_set():
     data = Pairs([0, 1, 0, 1])
     for loader in (DataLoader(data, batch_size=3), DataLoader(data, batch_size=None), DataLoader(data, drop_last=True)):
-        assert read_dataset(loader).keys == {"0": ["0", "2"], "1": ["1", "3"]}
+        assert keys(read_dataset(loader)) == {"0": ["0", "2"], "1": ["1", "3"]}
     assert read_dataset(DataLoader(data)).data == "DataLoader(Pairs)"
     chosen = DataLoader(data, sampler=[3, 0, 3])
-    assert read_dataset(chosen).keys == {"0": ["0"], "1": ["3"]}
+    assert keys(read_dataset(chosen)) == {"0": ["0"], "1": ["3"]}
     batches = DataLoader(data, batch_sampler=[[1, 2], [0]])
-    assert read_dataset(batches).keys == {"0": ["2", "0"], "1": ["1"]}
+    assert keys(read_dataset(batches)) == {"0": ["2", "0"], "1": ["1"]}
 
 
 class Coin:
@@ -209,7 +210,7 @@ def test_a_shuffling_loader_is_refused(loader):
 def test_a_batch_sampler_around_an_ordered_one_is_in_order():
     data = Pairs([0, 1])
     loader = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, False))
-    assert read_dataset(loader).keys == {"0": ["0"], "1": ["1"]}
+    assert keys(read_dataset(loader)) == {"0": ["0"], "1": ["1"]}
 
 
 def test_a_loaders_own_collation_and_a_stream_are_refused():
@@ -229,8 +230,8 @@ def test_fashion_mnist_from_its_raw_files(tmp_path):
     data = open_torchvision(f"torchvision:FashionMNIST:{tmp_path}?train=false")
     catalog = read_dataset(data, "fashion")
     assert catalog.data == "fashion"
-    assert list(catalog.keys)[:2] == ["T-shirt/top", "Trouser"]
-    assert catalog.keys["Ankle boot"] == ["9", "19"]
+    assert list(catalog.counts)[:2] == ["T-shirt/top", "Trouser"]
+    assert keys(catalog)["Ankle boot"] == ["9", "19"]
     assert data.train is False
     assert np.asarray(data[19][0])[0, 0] == 19
 

@@ -1,17 +1,17 @@
-"""What images there are, by class: a folder of class folders, or a manifest. Nothing is decoded or chosen here."""
+"""What images there are, by class: a folder of class folders. Nothing is decoded, chosen or held here."""
 
 from __future__ import annotations
 
-import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from gpuclust.capture.keys import Walk, Wanted
 from gpuclust.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -27,9 +27,11 @@ class Catalog:
         What was asked for, in words.
     kind : str
         ``folder``, ``manifest`` or ``dataset``.
-    keys : dict of str to list of str
-        The images of each class, classes in their final order: paths relative to `root` in POSIX form, or the indices
-        of a data set in digits.
+    counts : dict of str to int
+        How many images each class has, classes in their final order.
+    walk : Walk
+        Through the keys of the images: paths relative to `root` in POSIX form, or the indices of a data set in digits.
+        It reads the folders or the manifest again, since a catalog of millions of images should take no memory.
     parts : dict of str to tuple of str
         Folder path of each class.
     empty : tuple of str
@@ -46,7 +48,8 @@ class Catalog:
 
     data: str
     kind: str
-    keys: dict[str, list[str]]
+    counts: dict[str, int]
+    walk: Walk
     parts: dict[str, tuple[str, ...]]
     empty: tuple[str, ...] = ()
     ignored: int = 0
@@ -67,48 +70,73 @@ def natural(name: str) -> tuple[Any, ...]:
 # Folders
 
 
+@dataclass
+class _Folder:
+    """How many images lie in a folder itself, and the folders in it that count as images, as bad ones."""
+
+    images: int = 0
+    demoted: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return self.images > 0
+
+
 def read_folder(root: Path, class_level: int | None = None) -> Catalog:
-    """List the images below `root`: a class is a folder that directly holds images, named by its path from `root`.
+    """Count the images below `root`: a class is a folder that directly holds images, named by its path from `root`.
 
     With `class_level`, paths are cut after so many folders, and images of deeper folders belong to that class. Hidden
-    files and folders are passed over; images directly in `root` are in no class.
+    files and folders are passed over; images directly in `root` are in no class. Folders are held, images aren't.
 
     Raises
     ------
     InputError
         If a folder can't be read, or if there is no image.
     """
-    images, ignored = _scan(root)
-    loose = images.pop("", [])
-    holding = {parent for folder in images if images[folder] for parent in _upwards(folder)}
+    folders, ignored = _scan(root)
+    loose = folders.pop("").images
+    holding = _holding(folders)
     # A folder below a class folder is no class of its own for being empty; nor is one below the level of the classes.
     empty = sorted(
         folder
-        for folder in images
+        for folder in folders
         if folder not in holding
         and ((parent := folder.rpartition("/")[0]) in holding or not parent)
-        and not images.get(parent)
+        and not folders.get(parent)
         and (class_level is None or folder.count("/") < class_level)
     )
     found: dict[str, list[str]] = {}
-    for folder, names in images.items():
-        if names:
-            label = "/".join(folder.split("/")[:class_level])
-            found.setdefault(label, []).extend(f"{folder}/{name}" for name in names)
+    for folder, content in folders.items():
+        if content:
+            found.setdefault("/".join(folder.split("/")[:class_level]), []).append(folder)
     if not found:
-        hint = f"; {len(loose)} lie in it directly, without a class folder" if loose else ""
+        hint = f"; {loose} lie in it directly, without a class folder" if loose else ""
         raise InputError(f"no class folder in {root} holds an image ({' '.join(SUFFIXES)}){hint}")
-    keys = {shown(name): found[name] for name in sorted(found, key=natural)}
-    parts = {name: tuple(name.split("/")) for name in keys}
-    return Catalog(str(root), "folder", keys, parts, tuple(map(shown, empty)), ignored + len(loose), root=root)
+    places = {shown(name): found[name] for name in sorted(found, key=natural)}
+    demoted = {folder: content.demoted for folder, content in folders.items() if content.demoted}
+
+    def walk(wanted: Wanted) -> Iterator[tuple[str, Iterable[str]]]:
+        for name, want in wanted.items():
+            keys = (f"{folder}/{image}" for folder in places[name] for image in _images(root, folder, demoted))
+            yield name, filter(want, keys)
+
+    return Catalog(
+        str(root),
+        "folder",
+        {name: sum(folders[folder].images for folder in some) for name, some in places.items()},
+        walk,
+        {name: tuple(name.split("/")) for name in places},
+        tuple(map(shown, empty)),
+        ignored + loose,
+        root=root,
+    )
 
 
-def _scan(root: Path) -> tuple[dict[str, list[str]], int]:
-    """Names of the images directly in each folder below `root`, and how many other files there are.
+def _scan(root: Path) -> tuple[dict[str, _Folder], int]:
+    """Each folder below `root`, and how many files that are no images there are.
 
     Links to folders are followed, after all real folders, to folders not seen before: so no loop can hang the scan.
     """
-    images: dict[str, list[str]] = {}
+    found: dict[str, _Folder] = {}
     ignored = 0
     folders, links = [""], list[str]()
     seen: set[tuple[int, int]] = set()
@@ -116,34 +144,64 @@ def _scan(root: Path) -> tuple[dict[str, list[str]], int]:
         folder = folders.pop() if folders else links.pop(0)
         try:
             info = os.stat(root / folder)
-            if (info.st_dev, info.st_ino) in seen:
-                ignored += 1
-                continue
-            seen.add((info.st_dev, info.st_ino))
-            with os.scandir(root / folder) as entries:
-                visible = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
         except OSError as error:
-            raise InputError(f"cannot read the folder {root / folder}: {error.strerror}") from error
-        names = images.setdefault(folder, [])
-        for entry in visible:
+            raise _unreadable(root / folder, error) from error
+        if (info.st_dev, info.st_ino) in seen:
+            ignored += 1
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        content = found[folder] = _Folder()
+        below = list[tuple[str, bool]]()
+        for entry in _entries(root / folder):
             if _is_folder(entry):
-                (links if entry.is_symlink() else folders).append(f"{folder}/{entry.name}".lstrip("/"))
+                below.append((f"{folder}/{entry.name}".lstrip("/"), entry.is_symlink()))
             elif entry.name.lower().endswith(SUFFIXES):
-                names.append(entry.name)
+                content.images += 1
             else:
                 ignored += 1
-    _demote_picture_folders(images)
-    return images, ignored
+        for name, is_link in sorted(below):
+            (links if is_link else folders).append(name)
+    _demote_picture_folders(found)
+    return found, ignored
 
 
-def _demote_picture_folders(images: dict[str, list[str]]) -> None:
+def _images(root: Path, folder: str, demoted: dict[str, list[str]]) -> Iterator[str]:
+    """The names of the images in a folder, in any order."""
+    for entry in _entries(root / folder):
+        if entry.name.lower().endswith(SUFFIXES) and not _is_folder(entry):
+            yield entry.name
+    yield from demoted.get(folder, ())
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """What a folder holds, one by one, without what is hidden."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name[0] != ".":
+                    yield entry
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"cannot read the folder {folder}: {error.strerror}")
+
+
+def _holding(folders: dict[str, _Folder]) -> set[str]:
+    """The folders that hold images themselves or below them."""
+    return {parent for folder, content in folders.items() if content for parent in _upwards(folder)}
+
+
+def _demote_picture_folders(folders: dict[str, _Folder]) -> None:
     """A folder named as a picture that holds none counts as a picture of its parent: a bad one, listed as such."""
-    holding = {parent for folder in images if images[folder] for parent in _upwards(folder)}
-    for folder in [name for name in images if name not in holding and name.lower().endswith(SUFFIXES)]:
+    holding = _holding(folders)
+    for folder in [name for name in folders if name not in holding and name.lower().endswith(SUFFIXES)]:
         parent, _, name = folder.rpartition("/")
-        if images.get(parent):
-            del images[folder]
-            images[parent].append(name)
+        if folders.get(parent):
+            del folders[folder]
+            folders[parent].images += 1
+            folders[parent].demoted.append(name)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -162,58 +220,3 @@ def _upwards(folder: str) -> Iterator[str]:
 def shown(name: str) -> str:
     """A file name as text that can be written anywhere: bytes that aren't UTF-8 as ``\\xff``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-# Manifests
-
-
-def read_manifest(path: Path, class_level: int | None = None) -> Catalog:
-    """List the images in a table with the columns path and label (UTF-8, commas; other columns are passed over).
-
-    Relative paths are relative to the table. The parts of a label between slashes are its folder path, which
-    `class_level` cuts. A file that isn't there is found out when it is decoded.
-
-    Raises
-    ------
-    InputError
-        If the table can't be read, lacks a column or an entry, or puts one image in two classes.
-    """
-    labels: dict[str, str] = {}
-    spelled: dict[str, str] = {}  # one file may be written in several ways
-    repeated = 0
-    for line, image, label in _rows(path):
-        if not image or not label:
-            raise InputError(f"{path}, line {line}: {'path' if not image else 'label'} is empty")
-        key = spelled.setdefault(os.path.abspath(path.parent / image), Path(image).as_posix())
-        name = "/".join(label.split("/")[:class_level])
-        if labels.setdefault(key, name) != name:
-            raise InputError(f"{path}, line {line}: {image} is in class {labels[key]!r} already, and now in {name!r}")
-        repeated += 1
-    if not labels:
-        raise InputError(f"{path} lists no image")
-    keys: dict[str, list[str]] = {name: [] for name in sorted(set(labels.values()), key=natural)}
-    for key, name in labels.items():
-        keys[name].append(key)
-    parts = {name: tuple(part for part in name.split("/") if part) or (name,) for name in keys}
-    return Catalog(str(path), "manifest", keys, parts, ignored=repeated - len(labels), root=path.parent)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            if missing := {"path", "label"} - set(header):
-                wanted = " and ".join(sorted(missing, reverse=True))
-                raise InputError(f"{path} has no column {wanted}: a manifest has path,label; its header is {header}")
-            image, label = header.index("path"), header.index("label")
-            for row in reader:
-                if row:
-                    row += [""] * (len(header) - len(row))
-                    yield reader.line_num, row[image], row[label].strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from error
-    except csv.Error as error:
-        raise InputError(f"{path} is not a comma-separated table: line {reader.line_num}: {error}") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -24,6 +25,7 @@ from torch.utils.data import (
 )
 
 from gpuclust.capture.catalog import Catalog, natural
+from gpuclust.capture.keys import Wanted
 from gpuclust.errors import InputError, UnavailableError
 
 
@@ -50,13 +52,19 @@ def read_dataset(data: Dataset[Any] | DataLoader[Any], name: str | None = None) 
     dataset, indices = _fixed_order(data)
     labels, failed = _labels(dataset, indices)
     names = _class_names(dataset, set(labels.values()))
-    keys: dict[str, list[str]] = {name: [] for name in names.values()}
+    items: dict[str, array[int]] = {name: array("q") for name in names.values()}
     for index, label in labels.items():
-        keys[names[label]].append(str(index))
-    if not keys:
+        items[names[label]].append(index)
+    if not items:
         raise InputError(f"{name} holds no item that can be read" + (f": {failed[0][1]}" if failed else ""))
-    parts: dict[str, tuple[str, ...]] = {name: (name,) for name in keys}
-    return Catalog(name, "dataset", keys, parts, unlabelled=tuple(failed), dataset=dataset)
+
+    def walk(wanted: Wanted) -> Iterator[tuple[str, Iterable[str]]]:
+        for name, want in wanted.items():
+            yield name, (key for key in map(str, items[name]) if want(key))
+
+    counts = {name: len(some) for name, some in items.items()}
+    parts: dict[str, tuple[str, ...]] = {name: (name,) for name in counts}
+    return Catalog(name, "dataset", counts, walk, parts, unlabelled=tuple(failed), dataset=dataset)
 
 
 def _fixed_order(data: Dataset[Any] | DataLoader[Any]) -> tuple[Dataset[Any], Iterable[int]]:

@@ -7,21 +7,24 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gpuclust.capture.catalog import Catalog, read_folder, read_manifest, shown
+from gpuclust.capture.catalog import Catalog, read_folder, shown
 from gpuclust.capture.datasets import open_torchvision, read_dataset
 from gpuclust.capture.decode import BadImage
+from gpuclust.capture.keys import Keys, SeededOrder
 from gpuclust.capture.loader import (
     CHUNK,
     FEW_IMAGES,
@@ -32,11 +35,11 @@ from gpuclust.capture.loader import (
     Transform,
     cannot_be_sent,
     default_workers,
-    key_hash,
     load_chunks,
     random_from,
     shapes_differ,
 )
+from gpuclust.capture.manifest import read_manifest
 from gpuclust.capture.models import call_object
 from gpuclust.errors import InputError
 
@@ -133,16 +136,16 @@ def open_images(
         key, reason = catalog.unlabelled[0]
         raise InputError(f"item {key} of {catalog.data} is bad: {reason} (on_bad_image is fail)")
     names = _chosen_classes(catalog, classes)
-    smallest = min(names, key=lambda name: len(catalog.keys[name]))
-    if per_class is not None and per_class > len(catalog.keys[smallest]):
+    smallest = min(names, key=lambda name: catalog.counts[name])
+    if per_class is not None and per_class > catalog.counts[smallest]:
         raise InputError(
-            f"per_class is {per_class}, and class {smallest!r} has {len(catalog.keys[smallest])} images: "
+            f"per_class is {per_class}, and class {smallest!r} has {catalog.counts[smallest]} images: "
             "ask for at most that many, or leave that class out with classes"
         )
     return ImageSource(
         catalog,
         names,
-        len(catalog.keys[smallest]) if per_class is None else per_class,
+        catalog.counts[smallest] if per_class is None else per_class,
         seed=seed,
         on_bad_image=on_bad_image,
         max_pixels=max_pixels,
@@ -183,15 +186,15 @@ class ImageSource:
     ) -> None:
         self.classes = tuple(names)
         self.class_paths = tuple(catalog.parts[name] for name in names)
-        self.available = {name: len(catalog.keys[name]) for name in names}
+        self.available = {name: catalog.counts[name] for name in names}
         self.per_class = per_class
         self.n = len(names) * per_class
         self.seed, self.on_bad_image, self.max_pixels = seed, on_bad_image, max_pixels
         self.skipped: list[Skipped] = []
         self.replaced = 0
         self._catalog = catalog
-        self._orders = [sorted(catalog.keys[name], key=self._rank) for name in names]
-        self._delivered = [0] * len(names)
+        self._order = SeededOrder(catalog.walk, self.available, seed)
+        self._order.reach(dict.fromkeys(names, per_class))
         self._workers = "0"
         self._reset()
 
@@ -222,7 +225,7 @@ class ImageSource:
 
     def describe(self) -> dict[str, Any]:
         """What was chosen, and what the latest pass delivered and skipped, for JSON."""
-        bad = [skipped.class_name for skipped in self.skipped]
+        bad = Counter(skipped.class_name for skipped in self.skipped)
         return {
             "data": self._catalog.data,
             "kind": self._catalog.kind,
@@ -233,7 +236,7 @@ class ImageSource:
             "per_class": self.per_class,
             "delivered": dict(zip(self.classes, self._delivered, strict=True)),
             "replaced": self.replaced,
-            "skipped_per_class": {name: bad.count(name) for name in self.classes},
+            "skipped_per_class": {name: bad[name] for name in self.classes},
             "skipped": [{"path": s.path, "class": s.class_name, "reason": s.reason} for s in self.skipped],
             "ignored_files": self._catalog.ignored,
             "workers": self._workers,
@@ -243,9 +246,9 @@ class ImageSource:
         """Whether the images need a transform: all but a data set's tensors, of which one item is read."""
         if self._catalog.dataset is None:
             return True
-        for order in self._orders:
+        for name in self.classes:
             try:
-                return not isinstance(self._item(order[0]), Tensor)
+                return not isinstance(self._item(self._order[name][0]), Tensor)
             except BadImage:
                 continue
         return False
@@ -256,18 +259,19 @@ class ImageSource:
         Of files: path, size and time of change. Of a data set: its name and length, the chosen indices, and the content
         of the first image of each class.
         """
-        chosen = [order[: self.per_class] for order in self._orders]
         known = [self._catalog.kind, self.classes, self.seed, self.on_bad_image, self.max_pixels]
         digest = hashlib.sha256(json.dumps(known).encode())
         dataset, root = self._catalog.dataset, self._catalog.root
+        orders = [self._order[name] for name in self.classes]
         if dataset is not None:
+            chosen = [order[: self.per_class] for order in orders]
             digest.update(json.dumps([self._catalog.data, len(dataset), chosen]).encode())  # type: ignore[arg-type]
-            for order in chosen:
+            for order in orders:
                 digest.update(self._content(order[0]))
         elif root is not None:
-            for key in (key for order in chosen for key in order):
+            for key in (order[i] for order in orders for i in range(min(self.per_class, len(order)))):
                 try:
-                    info = os.stat(root / key)
+                    info = os.stat(os.path.join(root, key))
                     state = [key, info.st_size, info.st_mtime_ns]
                 except (OSError, ValueError) as error:  # a bad image; that it is one is part of the state
                     state = [key, type(error).__name__]
@@ -287,9 +291,6 @@ class ImageSource:
             return image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return image.tobytes()
 
-    def _rank(self, key: str) -> tuple[bytes, str]:
-        return key_hash(self.seed, unicodedata.normalize("NFC", key)), key
-
     def _reader(self) -> Reader:
         if self._catalog.dataset is not None:
             return DatasetReader(self._catalog.dataset)
@@ -300,6 +301,7 @@ class ImageSource:
         self.skipped[:] = [Skipped(key, "", reason) for key, reason in self._catalog.unlabelled]
         self.replaced = 0
         self._delivered = [0] * len(self.classes)
+        self._bad = [0] * len(self.classes)
 
     def _pass(self, transform: Transform | None, size: int, workers: int | None) -> Generator[Batch, None, None]:
         """All images in batches of any size: the chosen ones, then rounds of replacements until none is missing."""
@@ -308,42 +310,75 @@ class ImageSource:
         unsendable = cannot_be_sent(reader, transform)
         count = 0 if unsendable else default_workers(self.n) if workers is None else workers
         self._workers = f"0, since they cannot be sent to another process: {unsendable}" if unsendable else str(count)
-        taken = [self.per_class] * len(self.classes)
-        jobs = [(i, key) for i, order in enumerate(self._orders) for key in order[: self.per_class]]
+        taken, wanted = [0] * len(self.classes), [self.per_class] * len(self.classes)
+        jobs = self._jobs(taken, wanted)
         first_round, shape = True, None
         while jobs:
             missing = [0] * len(self.classes)
-            chunks = Chunks(reader, transform, [key for _, key in jobs], size, self.seed)
+            chunks = Chunks(reader, transform, jobs, size, self.seed)  # type: ignore[arg-type]
             with closing(load_chunks(chunks, count if first_round or len(jobs) >= FEW_IMAGES else 0)) as loaded:
                 for chunk in loaded:
                     for position, reason in chunk.bad:
-                        self._skip(*jobs[position], reason)
-                        missing[jobs[position][0]] += 1
+                        self._skip(jobs.label(position), jobs[position], reason)
+                        missing[jobs.label(position)] += 1
                     if not chunk.good:
                         continue
-                    rows = [jobs[position] for position in chunk.good]
+                    keys = [jobs[position] for position in chunk.good]
+                    labels = np.array([jobs.label(position) for position in chunk.good], dtype=np.int64)
                     shape = shape or chunk.images.shape[1:]
                     if chunk.images.shape[1:] != shape:
-                        raise InputError(f"image {rows[0][1]}: {shapes_differ(shape, chunk.images.shape[1:])}")
-                    for i, _ in rows:
+                        raise InputError(f"image {keys[0]}: {shapes_differ(shape, chunk.images.shape[1:])}")
+                    for i in labels.tolist():
                         self._delivered[i] += 1
                     if not first_round:
-                        self.replaced += len(rows)
-                    labels = np.array([i for i, _ in rows], dtype=np.int64)
-                    yield Batch(chunk.images, labels, [shown(key) for _, key in rows], chunk.thumbs)
-            jobs = [(i, key) for i, order in enumerate(self._orders) for key in order[taken[i] : taken[i] + missing[i]]]
-            taken = [taken[i] + missing[i] for i in range(len(taken))]
+                        self.replaced += len(keys)
+                    yield Batch(chunk.images, labels, list(map(shown, keys)), chunk.thumbs)
+            taken = [have + more for have, more in zip(taken, wanted, strict=True)]
+            jobs, wanted = self._jobs(taken, missing), missing
             first_round = False
+
+    def _jobs(self, taken: list[int], more: list[int]) -> _Jobs:
+        """So many more images of each class after those that were taken, or all that there are."""
+        ends = {name: taken[i] + more[i] for i, name in enumerate(self.classes) if more[i]}
+        self._order.reach(ends)
+        return _Jobs([self._order[name] for name in self.classes], taken, more)
 
     def _skip(self, index: int, key: str, reason: str) -> None:
         name = self.classes[index]
         if self.on_bad_image == "fail":
             raise InputError(f"image {shown(key)} of class {name!r} is bad: {reason} (on_bad_image is fail)")
         self.skipped.append(Skipped(shown(key), name, reason))
-        if sum(skipped.class_name == name for skipped in self.skipped) == self.available[name]:
+        self._bad[index] += 1
+        if self._bad[index] == self.available[name]:
             raise InputError(
                 f"all {self.available[name]} images of class {name!r} are bad; the last, {shown(key)}: {reason}"
             )
+
+
+class _Jobs(Sequence[str]):
+    """The keys of one round of a pass, class by class; none of them is held a second time."""
+
+    def __init__(self, orders: Sequence[Keys], taken: Sequence[int], more: Sequence[int]) -> None:
+        self._orders, self._taken = orders, tuple(taken)
+        counts = [min(len(order), have + add) - have for order, have, add in zip(orders, taken, more, strict=True)]
+        self._starts = [0, *accumulate(max(count, 0) for count in counts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def label(self, position: int) -> int:
+        """The class of the image at a position."""
+        return bisect_right(self._starts, position) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        label = self.label(index)
+        return self._orders[label][self._taken[label] + index - self._starts[label]]
 
 
 def _read(data: Any, class_level: int | None) -> Catalog:
@@ -382,20 +417,20 @@ def _chosen_classes(catalog: Catalog, classes: Sequence[str] | None) -> list[str
                 f"no image in class folder {', '.join(map(repr, catalog.empty[:5]))} of {catalog.data}: "
                 "remove it, or name the classes that take part"
             )
-        chosen = list(catalog.keys)
+        chosen = list(catalog.counts)
     else:
         for name in classes:
             if name in catalog.empty:
                 raise InputError(f"class {name!r} of {catalog.data} holds no image")
-            if name not in catalog.keys:
-                close = difflib.get_close_matches(name, catalog.keys, n=4, cutoff=0.4) or list(catalog.keys)[:4]
+            if name not in catalog.counts:
+                close = difflib.get_close_matches(name, catalog.counts, n=4, cutoff=0.4) or list(catalog.counts)[:4]
                 raise InputError(
-                    f"no class {name!r} in {catalog.data}, which has {len(catalog.keys)}; close: {', '.join(close)}"
+                    f"no class {name!r} in {catalog.data}, which has {len(catalog.counts)}; close: {', '.join(close)}"
                 )
-        chosen = [name for name in catalog.keys if name in set(classes)]
+        chosen = [name for name in catalog.counts if name in set(classes)]
     if len(chosen) < 2:
         raise InputError(
-            f"clusters are compared with two classes or more; {catalog.data} has {len(catalog.keys)}, of which "
+            f"clusters are compared with two classes or more; {catalog.data} has {len(catalog.counts)}, of which "
             f"{len(chosen)} take part: {', '.join(chosen) or 'none'}"
         )
     return chosen
