@@ -86,12 +86,14 @@ class FolderLock:
         """Let others in. Folders that were made for the lock go where nothing was written into them."""
         if os.getpid() != self._process:
             return
-        with suppress(OSError):
-            if self.stands():
-                self._path.unlink()
-        with _taking:
-            _locked_here.discard(_file(os.fstat(self._descriptor)))
-            os.close(self._descriptor)
+        try:
+            with suppress(OSError):
+                if self.stands():
+                    self._path.unlink()
+        finally:
+            with _taking:
+                _locked_here.discard(_file(os.fstat(self._descriptor)))
+                os.close(self._descriptor)
         with suppress(OSError):
             for folder in dict.fromkeys((self._path.parent, *reversed(self._made))):
                 folder.rmdir()
