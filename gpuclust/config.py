@@ -48,6 +48,7 @@ class Options:
     on_bad_image: str = "skip"
     max_pixels: int = 100_000_000
     spill: str | None = None
+    reduce: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -100,9 +101,9 @@ def read_options(given: Mapping[str, Any]) -> Options:
             raise InputError(f"there is no option {name!r}; {hint}")
         if value is None:
             continue
-        if name in ("layers", "classes"):
+        if name in ("layers", "classes", "reduce"):
             value = tuple(split_names(value)) if isinstance(value, str) else tuple(map(str, value))
-            if name == "layers":  # each may be several patterns, as on the command line
+            if name in ("layers", "reduce"):  # each may be several patterns, as on the command line
                 value = tuple(pattern for text in value for pattern in split_names(text))
         elif name == "memory_limit" and isinstance(value, str):
             value = parse_bytes(value)

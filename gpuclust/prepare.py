@@ -23,11 +23,12 @@ from gpuclust.capture.dry import counted_batch, dry_batch
 from gpuclust.capture.images import ImageSource, open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
 from gpuclust.capture.loader import default_workers
-from gpuclust.capture.memory import Forward, MemoryPlan, Room, make_plan
+from gpuclust.capture.memory import Forward, MemoryPlan, Room
 from gpuclust.capture.models import Network, load_network, with_usual_transform
 from gpuclust.capture.passes import Passes
 from gpuclust.capture.pixels import Pixels, pixel_bytes
-from gpuclust.capture.reduce import Reduction
+from gpuclust.capture.planner import make_plan
+from gpuclust.capture.reduce import Reduction, parse_reductions
 from gpuclust.capture.steps import Capture
 from gpuclust.capture.trace import unwrap
 from gpuclust.cluster import KMeans
@@ -84,6 +85,8 @@ class Setup:
     network : Network
     layers : list of Layer
         Those to capture, in forward order.
+    reductions : dict of str to Reduction
+        What is kept of the activations of each, by its name.
     device : torch.device
     dtype, input_dtype : torch.dtype
         Of the stored rows, and of what the network takes.
@@ -104,6 +107,7 @@ class Setup:
     images: Any
     network: Network
     layers: list[Layer]
+    reductions: dict[str, Reduction]
     device: torch.device
     dtype: torch.dtype
     input_dtype: torch.dtype
@@ -126,15 +130,23 @@ class Setup:
             "forward": self.forward,
             "module_bytes": self.module_bytes,
             "room": room or self.room,
+            "widths": {layer.name: self.reductions[layer.name].values(layer.shape) for layer in layers},
+            "reduce_bytes": {layer.name: self._reduce_bytes(layer) for layer in layers},
         }
         return make_plan(self.network.name, layers, self.images.n, **{**given, **changes})
+
+    def _reduce_bytes(self, layer: Layer) -> int:
+        itemsize, batch = self.input_dtype.itemsize, min(self.batch_size, self.images.n)
+        return self.reductions[layer.name].work_bytes(layer.shape, batch, itemsize, self.device.type)
 
     def alternatives(self, plan: MemoryPlan) -> MemoryPlan:
         """The plan, with what it would be for half the bytes per value, and for pooled feature maps."""
         others = []
         if self.dtype == torch.float32:
             others.append(("--dtype float16", self.plan(self.layers, dtype=torch.float16)))
-        if pooled := {layer.name: layer.shape[0] for layer in self.layers if len(layer.shape) == 3}:
+        pool = Reduction("avgpool")
+        if any(pool.changes(layer.shape) for layer in self.layers) and not self.settings.reduce:
+            pooled = {layer.name: pool.values(layer.shape) for layer in self.layers}
             others.append(("--reduce avgpool", self.plan(self.layers, widths=pooled)))
         return replace(plan, others=tuple(others))
 
@@ -170,7 +182,7 @@ class Setup:
             keep=False,
         )
         passes = Passes(self.network, pixels, self.settings.seed)
-        return Capture(passes, self.dtype, {layer.name: Reduction() for layer in self.layers}, self.settings.spill)
+        return Capture(passes, self.dtype, self.reductions, self.settings.spill)
 
     def kmeans(self, clusters: int, memory_limit: int | None = None) -> KMeans:
         """The estimator of every layer."""
@@ -194,7 +206,7 @@ class Setup:
         """
         self.kmeans(1).fit(torch.zeros(1, 1, dtype=self.dtype, device=self.device))
         for layer in self.layers:
-            sizes = self.images.n, layer.values, self.clusters
+            sizes = self.images.n, self.reductions[layer.name].values(layer.shape), self.clusters
             choose(self.settings.backend, Problem(*sizes, self.dtype, self.device, False, self.settings.n_init))
 
     def describe(self, model: Any, data: Any) -> dict[str, Any]:
@@ -301,6 +313,7 @@ def prepare(network: Network, images: ImageSource | Imagined, settings: Options)
             images,
             network,
             layers,
+            parse_reductions(settings.reduce, settings.seed).choose(layers),
             device,
             getattr(torch, settings.dtype),
             input_dtype,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gpuclust.capture.layers import Layer
-from gpuclust.capture.memory import Forward, MemoryPlan, Room, make_plan
+from gpuclust.capture.memory import Forward, MemoryPlan, Room
+from gpuclust.capture.planner import make_plan
 from gpuclust.errors import MemoryLimitError
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")

@@ -52,7 +52,7 @@ class Recomputed:
         self.layer, self.dtype, self.pass_s = layer, dtype, pass_s
         self.shape = passes.pixels.n, reduction.values(layer.shape)
         self.device = torch.empty(0, device=passes.pixels.device).device
-        self._passes, self._reduction = passes, reduction
+        self._passes, self._reduce = passes, reduction.on(layer.shape, self.device)
         self._unchanged = Unchanged(self.shape[1], 1 if self.device.type == "cuda" else _SAMPLED)
         self._checked = False
         # For each batch, the scale it was stored with and what its rows were multiplied with afterwards.
@@ -91,7 +91,7 @@ class Recomputed:
 
     def _activations(self, wanted: list[int] | None = None) -> Iterator[tuple[int, int, Tensor]]:
         for number, start, activation in self._passes.activations(self.layer, wanted):
-            yield number, start, self._reduction.apply(activation)
+            yield number, start, self._reduce(activation)
 
     def _stored(self, number: int, activation: Tensor) -> Tensor:
         """A batch's activations as the rows that are stored of them."""

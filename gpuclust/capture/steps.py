@@ -122,8 +122,11 @@ class Capture:
     ) -> None:
         """One pass over the images that fills the stores; the first one keeps what is known of the images."""
 
+        device = self.passes.pixels.device
+        reduce = {layer.name: self.reductions[layer.name].on(layer.shape, device) for layer in layers}
+
         def write(layer: Layer, _: int, activation: Tensor) -> None:
-            stores[layer.name].append(self.reductions[layer.name].apply(activation))
+            stores[layer.name].append(reduce[layer.name](activation))
             if files and (file := files[layer.name].file):
                 file.release()
 

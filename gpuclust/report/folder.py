@@ -1,7 +1,7 @@
 """RunFolder: the folder of a run while it goes on; what makes it possible to go on after an interruption.
 
 ``.state/run.json`` holds what the results depend on, ``.state/NNN.npz`` the result of a layer, ``.state/samples.npz``
-and ``.state/images.json`` the images. Each is written whole or not at all.
+and ``.state/images.json`` the images. Each is written whole or not at all. ``.state/lock`` is of the run that goes on.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from gpuclust.compare.result import LayerResult
 from gpuclust.errors import GpuclustError, InputError
-from gpuclust.files import put, write
+from gpuclust.files import make_folder, put, temporary_name, write
+from gpuclust.report.lock import FolderLock
 from gpuclust.report.report import DAMAGE, STATE, Report, Samples, layer_file, samples_file
 
-_FILES = ("report.html", "layers.csv", "assignments.parquet", "run.json")
+_FILES = ("report.html", "run.json", "layers.csv", "assignments.parquet")
 _FIGURES = ("trend", "heatmaps", "projections", "figure2")
-_STATE_FILE = re.compile(r"(\d{3,}\.npz|samples\.npz|run\.json|images\.json)(\.tmp)?")
+_LAYER_FILE = re.compile(r"\d{3,}\.npz")
 # What a change of shows in these as well, which say nothing of their own then.
 _ORIGINS = {
     "images": ("data", "classes", "class_level", "per_class", "seed", "on_bad_image", "max_pixels"),
@@ -33,7 +34,9 @@ Read = TypeVar("Read")
 
 
 class RunFolder:
-    """A run's folder. Nothing is written before `begin`, and nothing at all where ``path`` is None.
+    """A run's folder, which no other run can use inside the ``with`` block.
+
+    Nothing but the lock is written before `begin`, and nothing at all where ``path`` is None.
 
     Parameters
     ----------
@@ -52,7 +55,8 @@ class RunFolder:
     Raises
     ------
     InputError
-        If the folder holds a run and neither is said.
+        When the block is entered: if another run goes on in the folder, or if it holds a run and neither ``resume`` nor
+        ``force`` is said.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, *, resume: bool = False, force: bool = False) -> None:
@@ -61,17 +65,34 @@ class RunFolder:
         self.samples: Samples | None = None
         self.images: dict[str, Any] | None = None
         self._path = None if path is None else Path(path)
-        self._resume = resume
+        self._resume, self._force = resume, force
+        self._lock: FolderLock | None = None
+
+    def __enter__(self) -> Self:
         if self._path is None:
-            return
+            return self
         if self._path.exists() and not self._path.is_dir():
             raise InputError(f"--out is a folder; {str(self._path)!r} is a file")
-        held = _held(self._path)
-        if held and not (resume or force):
-            raise InputError(
-                f"{str(self._path)!r} holds a run ({held[0]}): --resume goes on with it, --force replaces it, --out "
-                "takes another folder"
-            )
+        with self._writing(kept=False):
+            self._lock = FolderLock(self._path)
+        try:
+            held = _held(self._path)
+            if held and not (self._resume or self._force):
+                raise InputError(
+                    f"{str(self._path)!r} holds a run ({held[0]}): --resume goes on with it, --force replaces it, "
+                    "--out takes another folder"
+                )
+            with self._writing(kept=False):
+                for file in _written(self._path):  # what a run that was killed left half written
+                    temporary_name(file).unlink(missing_ok=True)
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock:
+            self._lock.release()
 
     def results(self, identity: dict[str, Any], count: int) -> dict[int, LayerResult]:
         """Those of ``count`` layers that are done already, by index; none unless the run is resumed.
@@ -105,10 +126,10 @@ class RunFolder:
         """Make the folder ready for results: what is in the way goes, unless the run is resumed."""
         if self._path is None:
             return
-        with _writing(self._path, kept=False):
+        with self._writing(kept=False):
             if not self._resume:
                 remove_run(self._path)
-            (self._path / STATE).mkdir(parents=True, exist_ok=True)
+            make_folder(self._path / STATE)
             _keep(self._path / STATE / "run.json", identity)
 
     def keep_samples(self, samples: Samples, images: dict[str, Any]) -> None:
@@ -126,36 +147,65 @@ class RunFolder:
             )
         self.samples, self.images = samples, images
         if self._path is not None:
-            with _writing(self._path):
+            with self._writing():
                 samples.save(samples_file(self._path))
                 _keep(self._path / STATE / "images.json", images)
 
     def keep_result(self, index: int, result: LayerResult) -> None:
         """Keep the result of the layer of that index."""
         if self._path is not None:
-            with _writing(self._path):
+            with self._writing():
                 result.save(layer_file(self._path, index))
 
     def finish(self, report: Report) -> None:
-        """Write the report."""
+        """Write the report, of results and images that are kept already."""
         if self._path is not None:
-            with _writing(self._path):
-                report.save(self._path)
+            with self._writing():
+                report.publish(self._path)
+
+    @contextmanager
+    def _writing(self, kept: bool = True) -> Iterator[None]:
+        """An error of the file system inside the block, as one line that says what is kept."""
+        try:
+            if self._lock and not self._lock.stands():
+                raise FileNotFoundError
+            yield
+        except OSError as error:
+            if self._lock and not self._lock.stands():
+                raise GpuclustError(
+                    f"{str(self._path)!r}, or {STATE}/lock in it, was removed or replaced while the run went on, so "
+                    "nothing more is written there: --resume goes on with what is left"
+                ) from error
+            advice = "what is done is kept, and --resume goes on" if kept else "--out takes another folder"
+            raise GpuclustError(
+                f"cannot write into {str(self._path)!r}: {error.strerror or error}; {advice}"
+            ) from error
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what gpuclust wrote into a folder, and nothing else."""
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name in _FIGURES:
-        (folder / "figures" / f"{name}.png").unlink(missing_ok=True)
-    if (folder / STATE).is_dir():
-        for file in list((folder / STATE).iterdir()):
-            if _STATE_FILE.fullmatch(file.name):
-                file.unlink()
+    """Remove what gpuclust wrote into a folder, and nothing else.
+
+    What says that the rest is there goes first, what the rest depends on goes last: if it is interrupted, what is left
+    is less of the same run.
+    """
+    for file in _written(folder):
+        file.unlink(missing_ok=True)
+        temporary_name(file).unlink(missing_ok=True)
     for name in ("figures", STATE):
         if (folder / name).is_dir() and not any((folder / name).iterdir()):
             (folder / name).rmdir()
+
+
+def _written(folder: Path) -> list[Path]:
+    """The files that a run writes into its folder, whether they are there or not; of the layers, those that are."""
+    state = folder / STATE
+    layers = {file.name.removesuffix(".tmp") for file in state.glob("*.npz*")}
+    return [
+        *(folder / name for name in _FILES),
+        *(folder / "figures" / f"{name}.png" for name in _FIGURES),
+        *(state / name for name in sorted(layers) if _LAYER_FILE.fullmatch(name)),
+        *(samples_file(folder), state / "images.json", state / "run.json"),
+    ]
 
 
 def read_model(folder: str | os.PathLike[str]) -> str | None:
@@ -206,12 +256,3 @@ def _read_json(path: Path) -> Any:
 
 def _keep(path: Path, value: dict[str, Any]) -> None:
     write(path, partial(put, json.dumps(value, indent=1).encode()))
-
-
-@contextmanager
-def _writing(folder: Path, kept: bool = True) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        advice = "what is done is kept, and --resume goes on" if kept else "--out takes another folder"
-        raise GpuclustError(f"cannot write into {str(folder)!r}: {error.strerror or error}; {advice}") from error

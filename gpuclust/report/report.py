@@ -16,7 +16,7 @@ import numpy as np
 
 from gpuclust.compare.result import COLUMNS, LayerResult
 from gpuclust.errors import InputError
-from gpuclust.files import put, replacing, write
+from gpuclust.files import make_folder, put, replacing, write
 
 if TYPE_CHECKING:
     import pandas
@@ -175,13 +175,16 @@ class Report:
         figures : bool
             Whether to draw figures/.
         """
-        from gpuclust.report.page import render_page
-
         folder = Path(folder)
-        samples_file(folder).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder / STATE)
         for index, result in enumerate(self.results):
             result.save(layer_file(folder, index))
         self.samples.save(samples_file(folder))
+        self.publish(folder, figures)
+
+    def publish(self, folder: Path, figures: bool = True) -> None:
+        """Write what `save` does but for .state/, which a run has filled layer by layer."""
+        from gpuclust.report.page import render_page
 
         layers, assignments = self.layers, self.assignments
         write(folder / "layers.csv", lambda path: layers.to_csv(path, index=False, lineterminator="\n"))
@@ -189,7 +192,7 @@ class Report:
         if figures:
             from gpuclust.report.figures import draw_figures
 
-            (folder / "figures").mkdir(exist_ok=True)
+            make_folder(folder / "figures")
             for name, image in draw_figures(self):
                 write(folder / "figures" / f"{name}.png", partial(put, image))
 
