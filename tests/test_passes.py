@@ -111,6 +111,24 @@ def test_more_is_held_within_the_limit(monkeypatch, n, d, most, share):
     assert 0.8 * limit <= peak <= limit + 2 * rows[:1].nbytes + (1 << 12)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "d", "most"), [(700, 40_000, 2048), (3000, 9000, 600)])
+def test_the_same_bits_and_bytes_on_the_gpu(monkeypatch, n, d, most):
+    monkeypatch.setattr(workspace, "_SLICE_BYTES", {"cuda": 1 << 22})
+    rows, labels = _rows(n, d, dtype=torch.float16)
+    rows = rows.cuda()
+    resident = geometry(rows, labels, 4, seed=1, most=most)
+    limit = geometry_bytes(n, d, 4, 2, resident=False, device="cuda", most=most)
+    for memory_limit in (limit, 2 * limit, None):
+        _same(geometry(Streamed(rows, (64,)), labels, 4, seed=1, most=most, memory_limit=memory_limit), resident)
+    del resident
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    geometry(Streamed(rows, (1,)), labels, 4, seed=1, most=most, memory_limit=limit)
+    # The decompositions' own workspace is torch's choice: 8 MiB are left for it.
+    assert torch.cuda.max_memory_allocated() - before <= limit + (8 << 20)
+
+
 def test_a_limit_too_small_is_refused_before_any_pass():
     rows, labels = _rows(90, 500)
     source = Streamed(rows)

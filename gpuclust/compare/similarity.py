@@ -90,8 +90,8 @@ def geometry(
     -------
     Geometry
         The same bits for the same rows, labels, k, seed and most on one kind of device and number of threads, wherever
-        the rows lie, whatever their chunks and the limit. The sign of a component is
-        such that the sampled row farthest out on it lies on the positive side.
+        the rows lie, whatever their chunks and the limit. The sign of a component is such that the sampled row farthest
+        out on it lies on the positive side.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def geometry(
     equal and nearly equal rows are still right.
 
     The Gram matrix of the sample is a sum over slices of the features, so of streamed rows the sample is held so many
-    slices at a time as the limit leaves room for, one pass each. Where all fit they are held until the axes are known;
+    slices at a time as the limit leaves room for, one pass each. Where all fit they are held for the axes, too;
     otherwise these, sums over the sampled rows, take one more pass. Where n > most the last pass projects all rows.
     """
     n, d = rows.shape if len(rows.shape) == 2 else (0, 0)

@@ -10,7 +10,7 @@ and g = 1 where the sample is not all rows, else 0, the most that is held at a t
     scoring     8 m^2 + 18 m k + 40 m
 
 where W, a multiple of w, is the features of the sample that are held in their own dtype: so many as the limit leaves
-room for. Where all d fit, the sample stays (b m d beside solving and the first half of projecting, too).
+room for. Where all d fit beside solving and projecting, too, the sample stays until all rows are projected.
 """
 
 from __future__ import annotations
