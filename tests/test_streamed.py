@@ -202,7 +202,8 @@ def test_restarts_that_begin_with_equal_rows_take_them_once() -> None:
     x = rows("relu", 10, 3000).repeat(8, 1)
     source = Passes(x)
     found = fit_kmeans(source, 20, n_init=5, solver="dual", init="random")
-    assert source.taken[:1] and source.taken[0] > 20
+    assert source.taken[:1]
+    assert source.taken[0] > 20
     same(found, fit_kmeans(TensorSource(x), 20, n_init=5, solver="primal", init="random"))
 
 

@@ -160,17 +160,19 @@ class _Maker:
     def _needs(self, layer: Layer, resident: bool = True) -> tuple[int, int]:
         """Bytes beside the rows that clustering takes at least, and what it takes at ease."""
         problem = self._problem(layer)
-        primal, dual = primal_needs(problem, self.n), dual_needs(problem, self.n)
+        primal, dual = primal_needs(problem, self.n), dual_needs(problem, self.n, resident=resident)
         needs = {"primal": [primal], "dual": [dual], "auto": [primal, dual]}[self.solver]
-        view = geometry_bytes(
-            self.n, self._width(layer), self.clusters, self.dtype.itemsize, resident=resident, device=self.device.type
-        )
+        if self.solver == "auto" and self._width(layer) < 4 * self.n:  # nor does `cluster.solver` take it then
+            needs = [primal]
         # More than the rows take is not what a solver is given, as long as there is another.
         able = [one for one in needs if one.least <= self._rows(layer)] or needs[:1]
         ease = max(one.fixed + self.n_init * one.restart + one.work for one in able)
         # What may be kept to save time, as far as it is of use: an image of the rows, distances of draws.
         spare = max(default_limit(problem, self.n, one) for one in able) - ease
         ease += max(0, min(spare, 16 * self.n * (self._width(layer) + 4 * self.n_init)))
+        view = geometry_bytes(
+            self.n, self._width(layer), self.clusters, self.dtype.itemsize, resident=resident, device=self.device.type
+        )
         least = max(view, min(one.least for one in needs))
         return least, max(least, ease)
 
