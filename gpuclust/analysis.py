@@ -239,6 +239,8 @@ def study(setup: Setup, rows: LayerRows, samples: Samples, bar: Progress, note: 
         table, match, scores = compare(labels, samples.labels, k, classes)
         view = geometry(source, fit.labels, k, seed=setup.settings.seed, memory_limit=limit)
     notes: dict[str, Any] = {"rows": rows.how} if rows.how else {}
+    if rows.reduction:
+        notes["reduction"] = rows.reduction
     if note:
         notes["memory"] = note
     if view.silhouette_n < n:

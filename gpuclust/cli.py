@@ -120,6 +120,13 @@ MaxIter = Annotated[int, typer.Option(metavar="N", help="Iterations of one resta
 Seed = Annotated[int, typer.Option(metavar="N", help="Of the choice of images, the clusters and random weights.")]
 OnBadImage = Annotated[str, typer.Option(metavar="skip|fail", help="What to do with an image that cannot be read.")]
 MaxPixels = Annotated[int, typer.Option(metavar="N", help="An image of more pixels is a bad image.")]
+Reduce = Annotated[
+    list[str],
+    typer.Option(
+        metavar="[PATTERN=]KIND",
+        help="Keep fewer values of layers: avgpool, maxpool, sketch:M or none; may be repeated, later ones win.",
+    ),
+]
 Spill = Annotated[
     str | None, typer.Option(metavar="DIR", help="Folder where rows may wait that fit no memory; nowhere by default.")
 ]
@@ -162,6 +169,7 @@ def run(
     seed: Seed = 0,
     on_bad_image: OnBadImage = "skip",
     max_pixels: MaxPixels = 100_000_000,
+    reduce: Reduce = [],  # noqa: B006
     spill: Spill = None,
     profile: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write torch's trace of the first steps there (.json, .json.gz).")
@@ -236,6 +244,7 @@ def plan(
     batch_size: BatchSize = "auto",
     n_init: NInit = 10,
     seed: Seed = 0,
+    reduce: Reduce = [],  # noqa: B006
     spill: Spill = None,
 ) -> None:
     """How a run would handle each layer: bytes, passes, seconds."""

@@ -313,7 +313,7 @@ def prepare(network: Network, images: ImageSource | Imagined, settings: Options)
             images,
             network,
             layers,
-            parse_reductions(settings.reduce, settings.seed).choose(layers),
+            parse_reductions(settings.reduce, settings.seed).choose(found),
             device,
             getattr(torch, settings.dtype),
             input_dtype,

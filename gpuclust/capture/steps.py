@@ -15,6 +15,7 @@ from gpuclust.capture.layers import Layer
 from gpuclust.capture.memory import LayerPlan, MemoryPlan, Step
 from gpuclust.capture.passes import Passes
 from gpuclust.capture.places import Spill, pinned, read_back
+from gpuclust.capture.projection import Distortion
 from gpuclust.capture.recompute import Recomputed
 from gpuclust.capture.reduce import Reduction
 from gpuclust.capture.store import LayerStore
@@ -24,7 +25,7 @@ Watch = Callable[[Iterable[Any], int], Iterable[Any]]
 
 @dataclass(frozen=True)
 class LayerRows:
-    """The rows of one layer: a chunk source, what they are multiplied with, and how they came."""
+    """The rows of one layer: a chunk source, what they are multiplied with, how they came and what was kept."""
 
     layer: Layer
     plan: LayerPlan
@@ -32,6 +33,7 @@ class LayerRows:
     scale: float
     capture_s: float
     how: str
+    reduction: str
 
 
 class Capture:
@@ -61,6 +63,7 @@ class Capture:
         self._labels: list[np.ndarray] = []
         self._paths, self._thumbs = list[str](), list[bytes]()
         self._plan: MemoryPlan | None = None
+        self._distortions: dict[str, Distortion] = {}
 
     def begin(self, plan: MemoryPlan) -> None:
         """The steps that follow are those of this plan."""
@@ -89,6 +92,12 @@ class Capture:
                 yield self._recomputed(by_name[name], self._plan)
             return
         started, wanted = time.perf_counter(), list(by_name.values())
+        sketched = [
+            name
+            for name, layer in by_name.items()
+            if self.reductions[name].kind == "sketch" and self.reductions[name].changes(layer.shape)
+        ]
+        self._distortions = {name: Distortion() for name in sketched}
         files = {name: Spill(self.spill) for name in by_name} if step.place == "disk" and self.spill else {}
         stores = {name: self._store(layer, step.place, files.get(name)) for name, layer in by_name.items()}
         self._pass(wanted, stores, watch, files)
@@ -103,7 +112,8 @@ class Capture:
                 source = read_back(store, self.passes.pixels.device, row.work_bytes, file)
             how = {"host": "in page-locked host memory", "disk": "in a file"}.get(step.place, "")
             share = seconds * store.shape[1] / width
-            yield LayerRows(by_name[name], row, source, store.scale, share, how)
+            layer = by_name[name]
+            yield LayerRows(layer, row, source, store.scale, share, how, self.reduction(layer))
             del store, source
 
     def _store(self, layer: Layer, place: str, file: Spill | None) -> LayerStore:
@@ -126,7 +136,10 @@ class Capture:
         reduce = {layer.name: self.reductions[layer.name].on(layer.shape, device) for layer in layers}
 
         def write(layer: Layer, _: int, activation: Tensor) -> None:
-            stores[layer.name].append(reduce[layer.name](activation))
+            reduced = reduce[layer.name](activation)
+            if layer.name in self._distortions:
+                self._distortions[layer.name].see(activation, reduced)
+            stores[layer.name].append(reduced)
             if files and (file := files[layer.name].file):
                 file.release()
 
@@ -141,10 +154,18 @@ class Capture:
             self._thumbs += batch.thumbs
         self.kept = self.passes.pixels.keep
 
+    def reduction(self, layer: Layer) -> str:
+        """What a report says of what is kept of a layer's activations; "" where that is all of them."""
+        reduction, seen = self.reductions[layer.name], self._distortions.get(layer.name)
+        if reduction.kind == "none":
+            return ""
+        return reduction.describe(layer.shape) + (f"; {seen.describe()}" if seen else "")
+
     def _recomputed(self, layer: Layer, plan: MemoryPlan) -> LayerRows:
         started = time.perf_counter()
         source = Recomputed(
             self.passes, layer, self.dtype, self.reductions[layer.name], plan.forward.pass_s(plan.n, layer.name)
         )
         how = "computed anew in each pass of k-means, since they do not fit the memory"
-        return LayerRows(layer, plan.row(layer.name), source, source.scale, time.perf_counter() - started, how)
+        row, seconds = plan.row(layer.name), time.perf_counter() - started
+        return LayerRows(layer, row, source, source.scale, seconds, how, self.reduction(layer))
