@@ -30,6 +30,7 @@ from gpuclust.prepare import Setup, find_images, find_in, find_network, in_memor
 from gpuclust.progress import Progress
 from gpuclust.report import Report, Samples
 from gpuclust.report.folder import RunFolder
+from gpuclust.report.thumbs import Thumbs
 
 
 def analyze(
@@ -90,7 +91,7 @@ def analyze(
         if missing:
             setup.plan(missing).require()
             folder.begin(identity)
-            samples, stores, capture_s = capture(setup, missing, bar)
+            samples, stores, capture_s = capture(setup, missing, bar, folder.thumbs())
             folder.keep_samples(samples, images.describe())
         values = sum(layer.values for layer in missing)
         for i, layer in enumerate(layers):
@@ -128,17 +129,19 @@ def plan(model: Any, data: Any, **options: Any) -> MemoryPlan:
         return setup.plan(setup.layers)
 
 
-def capture(setup: Setup, layers: Sequence[Layer], bar: Progress) -> tuple[Samples, dict[str, LayerStore], float]:
+def capture(
+    setup: Setup, layers: Sequence[Layer], bar: Progress, thumbs: Thumbs
+) -> tuple[Samples, dict[str, LayerStore], float]:
     """One pass over the images: the samples, the rows of each layer by name, and the seconds it took.
 
-    The rows are written where they stay, on the device, batch by batch.
+    The rows are written where they stay, on the device, batch by batch; the thumbnails into `thumbs`.
     """
     started = time.perf_counter()
     images, network = setup.images, setup.network
     stores = {
         layer.name: LayerStore(images.n, layer.values, setup.dtype, setup.device, name=layer.name) for layer in layers
     }
-    labels, paths, thumbs = [], list[str](), list[bytes]()
+    labels, paths = [], list[str]()
     batches = images.batches(network.transform, setup.batch_size, setup.settings.workers)
     with ActivationStream(network.module, layers) as stream, closing(bar.images(batches, images.n)) as counted:
         for index, batch in enumerate(counted):
@@ -149,11 +152,11 @@ def capture(setup: Setup, layers: Sequence[Layer], bar: Progress) -> tuple[Sampl
                     stream.forward(pixels, lambda layer, activation: stores[layer.name].append(activation))
             labels.append(batch.labels)
             paths += batch.paths
-            thumbs += batch.thumbs
+            thumbs.extend(batch.thumbs)
     for store in stores.values():
         store.finish()
     return (
-        Samples(tuple(paths), np.concatenate(labels), images.classes, tuple(thumbs)),
+        Samples(tuple(paths), np.concatenate(labels), images.classes, thumbs),
         stores,
         time.perf_counter() - started,
     )

@@ -19,6 +19,7 @@ from gpuclust.compare.result import LayerResult
 from gpuclust.errors import GpuclustError, InputError
 from gpuclust.files import put, write
 from gpuclust.report.report import DAMAGE, STATE, Report, Samples, layer_file, samples_file
+from gpuclust.report.thumbs import Thumbs
 
 _FILES = ("report.html", "layers.csv", "assignments.parquet", "run.json")
 _FIGURES = ("trend", "heatmaps", "projections", "figure2")
@@ -110,6 +111,10 @@ class RunFolder:
                 remove_run(self._path)
             (self._path / STATE).mkdir(parents=True, exist_ok=True)
             _keep(self._path / STATE / "run.json", identity)
+
+    def thumbs(self) -> Thumbs:
+        """Where the thumbnails of the images go while they are read: a file without a name on the folder's disk."""
+        return Thumbs(None if self._path is None else self._path / STATE)
 
     def keep_samples(self, samples: Samples, images: dict[str, Any]) -> None:
         """Keep the images and what `ImageSource.describe` says of them.
