@@ -180,7 +180,7 @@ def cluster_layers(
     are then captured anew, and a note of the results says so.
     """
     left, room, note = list(missing), setup.room, ""
-    capture, kept = setup.capture(), False
+    capture, kept = setup.capture(folder.thumbs), False
     while left:
         plan = setup.plan(left, room, kept=capture.kept)
         plan.require()

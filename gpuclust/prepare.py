@@ -8,7 +8,7 @@ import re
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -170,8 +170,8 @@ class Setup:
             self, device=device, room=room, forward=forward, module_bytes=sum(value.nbytes for value in values)
         )
 
-    def capture(self) -> Capture:
-        """What carries out a plan."""
+    def capture(self, thumbs: Callable[[], Any]) -> Capture:
+        """What carries out a plan; ``thumbs()`` is a new sequence that can be extended, for the images' thumbnails."""
         pixels = Pixels(
             self.images,
             self.network.transform,
@@ -182,7 +182,7 @@ class Setup:
             keep=False,
         )
         passes = Passes(self.network, pixels, self.settings.seed)
-        return Capture(passes, self.dtype, self.reductions, self.settings.spill)
+        return Capture(passes, self.dtype, self.reductions, thumbs, self.settings.spill)
 
     def kmeans(self, clusters: int, memory_limit: int | None = None) -> KMeans:
         """The estimator of every layer."""

@@ -46,6 +46,8 @@ class Capture:
         Of the rows.
     reductions : mapping of str to Reduction
         What is kept of the activations of each layer, by its name.
+    thumbs : Callable
+        Makes an empty sequence that can be extended, for the images' thumbnails.
     spill : str or None
         Folder for rows that go to disk.
 
@@ -56,12 +58,18 @@ class Capture:
     """
 
     def __init__(
-        self, passes: Passes, dtype: torch.dtype, reductions: Mapping[str, Reduction], spill: str | None = None
+        self,
+        passes: Passes,
+        dtype: torch.dtype,
+        reductions: Mapping[str, Reduction],
+        thumbs: Callable[[], Any],
+        spill: str | None = None,
     ) -> None:
         self.passes, self.dtype, self.reductions, self.spill = passes, dtype, reductions, spill
+        self._new_thumbs = thumbs
         self.kept: bool | None = None
         self._labels: list[np.ndarray] = []
-        self._paths, self._thumbs = list[str](), list[bytes]()
+        self._paths, self._thumbs = list[str](), thumbs()
         self._plan: MemoryPlan | None = None
         self._distortions: dict[str, Distortion] = {}
 
@@ -74,9 +82,9 @@ class Capture:
             self.passes.pixels.drop()
             self.kept = False
 
-    def seen(self) -> tuple[tuple[str, ...], np.ndarray, tuple[bytes, ...]]:
+    def seen(self) -> tuple[tuple[str, ...], np.ndarray, Sequence[bytes]]:
         """Of the images, in the order of the rows, after the first pass: paths, labels int64 (n,), thumbnails."""
-        return tuple(self._paths), np.concatenate(self._labels), tuple(self._thumbs)
+        return tuple(self._paths), np.concatenate(self._labels), self._thumbs
 
     def rows(self, step: Step, layers: Sequence[Layer], watch: Watch) -> Iterator[LayerRows]:
         """The rows of each layer of a step, the narrow ones first. Those of one are given back when the next comes.
@@ -147,11 +155,11 @@ class Capture:
             for _ in watch(self.passes.again(layers, write), self.passes.pixels.n):
                 pass
             return
-        self._labels, self._paths, self._thumbs = [], [], []
+        self._labels, self._paths, self._thumbs = [], [], self._new_thumbs()
         for batch in watch(self.passes.first(layers, write), self.passes.pixels.images.n):
             self._labels.append(batch.labels)
             self._paths += batch.paths
-            self._thumbs += batch.thumbs
+            self._thumbs.extend(batch.thumbs)
         self.kept = self.passes.pixels.keep
 
     def reduction(self, layer: Layer) -> str:

@@ -20,6 +20,7 @@ from gpuclust.errors import GpuclustError, InputError
 from gpuclust.files import make_folder, put, temporary_name, write
 from gpuclust.report.lock import FolderLock
 from gpuclust.report.report import DAMAGE, STATE, Report, Samples, layer_file, samples_file
+from gpuclust.report.thumbs import Thumbs
 
 _FILES = ("report.html", "run.json", "layers.csv", "assignments.parquet")
 _FIGURES = ("trend", "heatmaps", "projections", "figure2")
@@ -131,6 +132,10 @@ class RunFolder:
                 remove_run(self._path)
             make_folder(self._path / STATE)
             _keep(self._path / STATE / "run.json", identity)
+
+    def thumbs(self) -> Thumbs:
+        """Where the thumbnails of the images go while they are read: a file without a name on the folder's disk."""
+        return Thumbs(None if self._path is None else self._path / STATE)
 
     def keep_samples(self, samples: Samples, images: dict[str, Any]) -> None:
         """Keep the images and what `ImageSource.describe` says of them.

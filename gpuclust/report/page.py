@@ -151,11 +151,11 @@ def _shown(samples: Samples, results: list[LayerResult], orders: list[np.ndarray
         rank[order] = np.arange(n) - np.searchsorted(labels, labels)
         layer[rank < nearest] = index
         nearest = np.minimum(nearest, rank)
-    first = np.lexsort((layer, nearest))
+    first = np.lexsort((layer, nearest))[:IMAGES]
     if samples.thumbs:
         filled = np.cumsum([len(samples.thumbs[row]) for row in first])
         first = first[: np.searchsorted(filled, THUMB_BYTES, side="right")]
-    return np.sort(first[:IMAGES])
+    return np.sort(first)
 
 
 def _points(samples: Samples) -> np.ndarray:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import zipfile
 import zlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpuclust.compare.result import COLUMNS, LayerResult
 from gpuclust.errors import InputError
 from gpuclust.files import make_folder, put, replacing, write
+from gpuclust.report.thumbs import Thumbs
 
 if TYPE_CHECKING:
     import pandas
@@ -41,14 +45,15 @@ class Samples:
         Index of each image's class.
     classes : tuple of str
         Names of the classes.
-    thumbs : tuple of bytes
-        A small WebP, JPEG or PNG per image, ``b""`` where there is none; or no thumbnails at all.
+    thumbs : sequence of bytes
+        A small WebP, JPEG or PNG per image, ``b""`` where there is none; or no thumbnails at all. `Thumbs` keeps them
+        in a file.
     """
 
     paths: tuple[str, ...]
     labels: np.ndarray
     classes: tuple[str, ...]
-    thumbs: tuple[bytes, ...] = ()
+    thumbs: Sequence[bytes] = ()
 
     def __post_init__(self) -> None:
         n = len(self.paths)
@@ -59,20 +64,45 @@ class Samples:
 
     def save(self, path: Path) -> None:
         """Write to ``path`` (.npz); a file under its final name is whole."""
-        text = json.dumps({"paths": self.paths, "classes": self.classes})
-        sizes = np.array([len(thumb) for thumb in self.thumbs], np.int64)
-        pixels = np.frombuffer(b"".join(self.thumbs), np.uint8)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, text=np.array(text), labels=self.labels, sizes=sizes, pixels=pixels)
+        text = json.dumps({"paths": self.paths, "classes": self.classes}).encode()
+        sizes = np.fromiter(map(len, self.thumbs), np.int64, len(self.thumbs))
+        pixels = {"descr": "|u1", "fortran_order": False, "shape": (int(sizes.sum()),)}
+        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as file:  # as np.savez does
+            for name, values in (("text", np.array(text)), ("labels", self.labels), ("sizes", sizes)):
+                with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, values, allow_pickle=False)
+            with file.open("pixels.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, pixels)
+                for thumb in self.thumbs:
+                    member.write(thumb)
 
     @classmethod
     def load(cls, path: Path) -> Samples:
-        """Read what ``save`` wrote."""
-        with open(path, "rb") as whole, np.load(whole, allow_pickle=False) as file:
-            text, labels = json.loads(str(file["text"])), file["labels"]
-            ends, pixels = np.cumsum(file["sizes"]).tolist(), file["pixels"].tobytes()
-        thumbs = tuple(pixels[start:end] for start, end in zip([0, *ends], ends, strict=False))
+        """Read what ``save`` wrote; the thumbnails stay in the file."""
+        whole = open(path, "rb")  # noqa: SIM115 - the thumbnails close it
+        try:
+            with np.load(whole, allow_pickle=False) as file:
+                text, labels = json.loads(file["text"].item()), file["labels"]
+                ends = array("q", np.cumsum(file["sizes"], dtype=np.int64).tobytes())
+                thumbs = Thumbs.inside(whole, _start(whole, file.zip, "pixels.npy"), ends)
+        except BaseException:
+            whole.close()
+            raise
         return cls(tuple(text["paths"]), labels, tuple(text["classes"]), thumbs)
+
+
+def _start(whole: IO[bytes], file: zipfile.ZipFile, name: str) -> int:
+    """Where in an archive the numbers of an array begin that is stored as it is; its checksum is looked at."""
+    place = file.getinfo(name)
+    with file.open(place) as member:
+        np.lib.format.read_magic(member)
+        np.lib.format.read_array_header_1_0(member)
+        header = member.tell()
+        while member.read(1 << 20):
+            pass
+    whole.seek(place.header_offset + 26)
+    names = sum(struct.unpack("<HH", whole.read(4)))
+    return place.header_offset + 30 + names + header
 
 
 @dataclass(eq=False)
