@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import resource
 import shutil
 import sys
@@ -17,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gpuclust import __version__
 from gpuclust.arithmetic import seeded
 from gpuclust.capture.dry import counted_batch, dry_batch
 from gpuclust.capture.images import ImageSource, open_images
@@ -39,6 +36,7 @@ from gpuclust.config import Options, command_line, environment
 from gpuclust.doctor import hardware, versions
 from gpuclust.errors import InputError, MemoryLimitError, first_line, is_out_of_memory, users_code
 from gpuclust.free import free_bytes
+from gpuclust.identity import of_network, of_software
 
 # Images of one forward pass, halved until the network's widest activation takes no more than so many bytes. A network's
 # rounding depends on it, so it is part of the result: memory never changes it.
@@ -240,13 +238,11 @@ class Setup:
         settings = {name: value for name, value in self.options().items() if name not in _INDIFFERENT}
         cuda = self.device.type == "cuda"
         return {
-            "gpuclust": __version__,
-            "torch": torch.__version__,
+            **of_software(self.device),
             **settings,
             "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             "layers": [layer.name for layer in self.layers],
-            "transform": _without_addresses(repr(self.network.transform)),
-            "network": _hash_network(unwrap(self.network.module)),
+            **of_network(unwrap(self.network.module), self.network.transform),
             "images": self.images.fingerprint(),
         }
 
@@ -436,19 +432,3 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _hash_network(module: nn.Module) -> str:
-    digest = hashlib.sha256(_without_addresses(repr(module)).encode())
-    for name, value in module.state_dict().items():
-        if is_lazy(value):  # of a part that no image reaches
-            digest.update(name.encode())
-        elif isinstance(value, Tensor):
-            value = value.detach().dequantize() if value.is_quantized else value.detach()
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _without_addresses(text: str) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", text)

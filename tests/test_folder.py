@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import cases_run as cases
 import pytest
+from torch import Tensor
 
 import gpuclust
-from gpuclust import analysis
+from gpuclust import analysis, identity
 from gpuclust.compare.result import LayerResult
 from gpuclust.errors import GpuclustError, InputError
 from gpuclust.report import folder as folder_module
@@ -125,15 +132,46 @@ def test_another_run_is_not_gone_on_with(
     assert "\n" not in str(caught.value)
 
 
-def test_other_weights_and_other_images_are_noticed(tmp_path: Path) -> None:
+def test_other_weights_networks_and_images_are_noticed(tmp_path: Path) -> None:
     data, out = cases.write_folder(tmp_path / "pictures", per_class=4), tmp_path / "run"
     analyze(data, out, layers="pool")
-    other = cases.small_net(seed=1), cases.to_tensor
-    with pytest.raises(InputError, match="the network is not the same"):
-        gpuclust.analyze(other, data, out=out, layers="pool", resume=True)
+
+    class Doubled(cases.SmallNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return 2 * super().forward(images)
+
+    doubled = Doubled()
+    doubled.load_state_dict(cases.small_net().state_dict())
+    others = {
+        "the weights are not the same": (cases.small_net(seed=1), cases.to_tensor),
+        "model was SmallNet, is Doubled": (doubled, cases.to_tensor),
+        "transform was <function to_tensor> with code .*, is <function .*<lambda>> with code": (
+            cases.small_net(),
+            lambda picture: cases.to_tensor(picture),
+        ),
+    }
+    for message, other in others.items():
+        with pytest.raises(InputError, match=f"is another one: {message}[^;]*$") as caught:
+            gpuclust.analyze(other, data, out=out, layers="pool", resume=True)
+        assert "\n" not in str(caught.value)
     cases.picture(1, 77).save(data / "cat/00.png")
-    with pytest.raises(InputError, match="the images are not the same"):
+    with pytest.raises(InputError, match=r"is another one: the images are not the same\."):
         analyze(data, out, layers="pool", resume=True)
+
+
+def test_other_software_is_noticed(data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(InputError, match=f"is another one: {message}[.] Resume it"):
+            analyze(data, whole, resume=True)
+
+    plain = identity.versions()
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "code_hash", lambda: "other")
+        refused(f"the code of gpuclust is not the same \\({gpuclust.__version__} both times\\)")
+        patch.setattr(identity, "versions", lambda: {**plain, "gpuclust": "9.9", "pillow": "1.0"})
+        refused(f"gpuclust was {gpuclust.__version__}, is 9.9; pillow was {plain['pillow']}, is 1.0")
+    monkeypatch.setattr("torch.__version__", "1.0+other")
+    refused("torch was .*, is 1.0[+]other")
 
 
 def test_what_does_not_matter_to_the_result_may_change(data: Path, whole: Path, tmp_path: Path) -> None:
@@ -223,11 +261,82 @@ def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
         path.write_bytes(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    keeper = RunFolder(tmp_path / "run")
-    keeper.begin({"model": "one"})
-    monkeypatch.setattr(folder_module, "put", fill)
-    with pytest.raises(GpuclustError, match="No space left on device"):
-        keeper.begin({"model": "two"})
+    with RunFolder(tmp_path / "run") as keeper:
+        keeper.begin({"model": "one"})
+        monkeypatch.setattr(folder_module, "put", fill)
+        with pytest.raises(GpuclustError, match="No space left on device"):
+            keeper.begin({"model": "two"})
     assert not list((tmp_path / "run").rglob("*.tmp"))
     state = tmp_path / "run/.state/run.json"
     assert not state.exists() or json.loads(state.read_text()) == {"model": "one"}
+
+
+def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:
+    left = ["report.html.tmp", "figures/trend.png.tmp", ".state/003.npz.tmp", ".state/run.json.tmp"]
+    others = ["mine.tmp", "figures/mine.png.tmp", ".state/x.npz.tmp", "layers.csv.tmp.tmp"]
+    for name in (*left, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with RunFolder(tmp_path, resume=True):
+        assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.tmp")) == sorted(others)
+
+
+# ---- the lock
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for folder in (tmp_path / "new/run", tmp_path / "mine"):
+        for _ in range(2):
+            with RunFolder(folder):
+                assert (folder / ".state/lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_the_same_process_is_kept_out_too_and_loses_no_lock(tmp_path: Path) -> None:
+    """Closing any descriptor of a file drops the process's lock on it."""
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "run")
+    with RunFolder(tmp_path / "run"):
+        for folder in (tmp_path / "run", link):
+            with pytest.raises(InputError, match=f"a run is going on in .* .process {os.getpid()} on .*: wait for"):
+                RunFolder(folder, force=True).__enter__()
+        with pytest.raises(BlockingIOError):
+            in_another_process(lock_file, tmp_path / "run/.state/lock")
+    RunFolder(tmp_path / "run").__enter__().__exit__()
+
+
+def test_another_process_gets_the_lock_when_it_is_let_go(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as mine, pytest.raises(InputError, match="a run is going on"):
+        in_another_process(enter, tmp_path)
+    mine.__exit__()  # once more does no harm
+    in_another_process(enter, tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_a_run_goes_on_with_a_word(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.warns(UserWarning, match=f"run' cannot be locked .{os.strerror(number)}.: nothing keeps another run"):
+        keeper = RunFolder(tmp_path / "run").__enter__()
+    keeper.begin({})
+    keeper.__exit__()
+    assert sorted(file.name for file in (tmp_path / "run/.state").iterdir()) == ["run.json"]
+
+
+def enter(folder: Path) -> None:
+    with RunFolder(folder):
+        pass
+
+
+def lock_file(path: Path) -> None:
+    with open(path, "r+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def in_another_process(task: Callable[[Path], None], path: Path) -> None:
+    """Run a task there; what it raises is raised here."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        pool.submit(task, path).result()

@@ -25,10 +25,16 @@ from gpuclust.report.thumbs import Thumbs
 _FILES = ("report.html", "run.json", "layers.csv", "assignments.parquet")
 _FIGURES = ("trend", "heatmaps", "projections", "figure2")
 _LAYER_FILE = re.compile(r"\d{3,}\.npz")
-# What a change of shows in these as well, which say nothing of their own then.
-_ORIGINS = {
-    "images": ("data", "classes", "class_level", "per_class", "seed", "on_bad_image", "max_pixels"),
-    "network": ("model", "weights", "seed"),
+# What says only that it is another one: how that is told, and what tells it better where it changed as well.
+_TOLD = {
+    "images": (
+        "the images are not the same",
+        ("data", "classes", "class_level", "per_class", "seed", "on_bad_image", "max_pixels"),
+    ),
+    "network": ("the network is not the same", ("model", "seed", "python")),
+    "tensors": ("the weights are not the same", ("model", "weights", "seed", "network", "torch")),
+    "code": ("the code of gpuclust is not the same ({gpuclust} both times)", ("gpuclust",)),
+    "transform": ("transform was {before}, is {now}", ("python",)),
 }
 
 Read = TypeVar("Read")
@@ -72,9 +78,9 @@ class RunFolder:
     def __enter__(self) -> Self:
         if self._path is None:
             return self
-        if self._path.exists() and not self._path.is_dir():
-            raise InputError(f"--out is a folder; {str(self._path)!r} is a file")
         with self._writing(kept=False):
+            if self._path.exists() and not self._path.is_dir():
+                raise InputError(f"--out is a folder; {str(self._path)!r} is a file")
             self._lock = FolderLock(self._path)
         try:
             held = _held(self._path)
@@ -92,8 +98,9 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock:
-            self._lock.release()
+        lock, self._lock = self._lock, None
+        if lock:
+            lock.release()
 
     def results(self, identity: dict[str, Any], count: int) -> dict[int, LayerResult]:
         """Those of ``count`` layers that are done already, by index; none unless the run is resumed.
@@ -233,14 +240,15 @@ def _held(folder: Path) -> list[str]:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs, each as a person would say it."""
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    shown = [name for name in changed if not set(_ORIGINS.get(name, ())) & set(changed)]
-    return [
-        f"the {name} {'are' if name == 'images' else 'is'} not the same"
-        if name in _ORIGINS
-        else f"{name} was {_show(before.get(name))}, is {_show(now.get(name))}"
-        for name in shown
-    ]
+    said = []
+    for name in changed:
+        words, told_by = _TOLD.get(name, (f"{name} was {{before}}, is {{now}}", ()))
+        if not set(told_by) & set(changed):
+            given = {"before": _show(before.get(name)), "now": _show(now.get(name)), "gpuclust": now.get("gpuclust")}
+            said.append(words.format_map(given))
+    return said
 
 
 def _show(value: Any) -> str:
