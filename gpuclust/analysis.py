@@ -28,6 +28,7 @@ from gpuclust.compare.similarity import geometry
 from gpuclust.config import parse_bytes, read_options, show_bytes
 from gpuclust.energy import Energy
 from gpuclust.errors import InputError, first_line, is_out_of_memory
+from gpuclust.libraries import load_libraries
 from gpuclust.prepare import (
     Imagined,
     Setup,
@@ -97,6 +98,7 @@ def analyze(
     settings = read_options(options)
     with RunFolder(out, resume=resume, force=force) as folder:
         images = find_images(data, settings)
+        load_libraries()
         network = find_network(model, images, settings)
         with (
             in_memory(),
