@@ -191,11 +191,24 @@ def test_clear_rows_are_read_for_moments_slices_centroids_and_distances(n: int, 
 
 
 def test_rows_without_groups_are_read_little_more_often() -> None:
-    source = Passes(rows("noise", 300, 5000))
+    rng = np.random.RandomState(0)
+    x = torch.from_numpy(np.maximum(rng.randn(400, 6) @ rng.randn(6, 5000) + 0.1 * rng.randn(400, 5000), 0)).float()
+    source = Passes(x)
     found = fit_kmeans(source, 8, n_init=10, solver="dual")
-    assert found.n_iter > 5
-    # What is not certain in an iteration is read for all restarts at once, its centroids too.
-    assert source.passes + len(source.taken) <= 3 + 1 + 2 + 6
+    assert found.n_iter > 10
+    assert source.passes + len(source.taken) <= 3 + 1 + 2 + 3
+
+
+def test_what_is_open_in_an_iteration_is_read_for_all_restarts_at_once() -> None:
+    x = rows("near ties", 200, 60)  # rows that are equally far from two centroids, over and over
+    source = Passes(x)
+    found = fit_kmeans(source, 6, n_init=10, solver="dual", init="random", tol=0.0)
+    assert found.recheck_share > 1e-3
+    assert found.n_iter > 4
+    longest = max(fit_kmeans(TensorSource(x), 6, init="random", seed=0, tol=0.0, n_init=r).n_iter for r in range(1, 11))
+    # In an iteration at most its rows, those that it begins with, and a pass for centroids; 40 % of them were needed.
+    assert len(source.taken) <= longest + 3
+    assert source.passes <= 4 + 2 * longest
 
 
 def test_restarts_that_begin_with_equal_rows_take_them_once() -> None:

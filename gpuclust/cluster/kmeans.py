@@ -75,9 +75,9 @@ class KMeans(Portable, ScikitLearn):
         "exact": each label is the nearest centroid by the reference distance (float64, difference form); a tie goes to
         the lowest index. "fast": the nearest by the backend's arithmetic (float32; triton's is float16), unchecked.
     solver : {"auto", "primal", "dual"}
-        "dual": all iterations in the n x n matrix of the rows' products, for rows much wider than they are many; needs
-        X on the device and 8 bytes per pair of rows. "auto" takes what `gpuclust.cluster.solver` predicts to be faster.
-        It never changes the result.
+        "dual": all iterations in the n x n matrix of the rows' products, for rows much wider than they are many; takes
+        12 bytes per pair of rows, and of streamed X 16 and few passes. "auto" takes what `gpuclust.cluster.solver`
+        predicts to be faster. It never changes the result.
     backend : {"auto", "cupy", "triton", "torch", "cuml"}
         What computes; the first three give the same labels. "torch": tensor operations on any device. "triton" and
         "cupy": kernels for NVIDIA GPUs of compute capability 8.0 and up. "cuml": the fit is that of RAPIDS' cuML, with
@@ -93,9 +93,10 @@ class KMeans(Portable, ScikitLearn):
         never changes the result. Where memory runs out in mid-fit, smaller chunks are tried. With L levels of sums (1
         for float32 rows below 2**21 of them, else 2; more for weights), w bytes of a centroid's value, r restarts that
         run at a time and 2 to 32 MiB (on a GPU 32 to 512 MiB) of chunks, a fit takes at most
-        ``40 n + d (96 + k (24 + 8 L)) + r (40 n + k d (2 w + 12 + 8 L))`` with the primal solver and
-        ``40 n + d (96 + k (32 + 8 L + 3 w)) + 12 n^2 + r (64 n + 32 k n)`` with the dual one, and 40 n + 8 r n more
-        with weights; on a GPU the d of the 12 is a multiple of 64. See `gpuclust.cluster.memory`.
+        ``40 n + d (32 + 24 L + k w) + r (40 n + k d (2 w + 16 L))`` with the primal solver and
+        ``40 n + d (32 + 24 L + k (2 w + 8 L)) + 12 n^2 + r (64 n + 32 k n)`` with the dual one, 4 n^2 more of streamed
+        X, and 40 n + 8 r n more with weights; on a GPU d (64 + 24 k) more, and for float32 4 r k d of the primal's. See
+        `gpuclust.cluster.memory`.
 
     Attributes
     ----------
