@@ -294,7 +294,7 @@ def prepare(network: Network, images: ImageSource | Imagined, settings: Options)
             min(batch_size, images.n),
             name=network.name,
             widest=widest,
-            pixel_bytes=pixel_bytes(network.transform, example),
+            pixel_bytes=pixel_bytes(images, network.transform, example),
             workers=default_workers(images.n) if settings.workers is None else settings.workers,
         )
         room = Room(

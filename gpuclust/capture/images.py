@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -28,6 +28,7 @@ from gpuclust.capture.keys import Keys, SeededOrder
 from gpuclust.capture.loader import (
     CHUNK,
     FEW_IMAGES,
+    Chunk,
     Chunks,
     DatasetReader,
     FileReader,
@@ -64,20 +65,23 @@ class Batch:
 
     Attributes
     ----------
-    images : Tensor (b, c, h, w) float32
-        On the CPU.
+    images : Tensor (b, c, h, w)
+        On the CPU; float32, or uint8 of a `ByteTransform`.
     labels : int64 array (b,)
         Indices into `ImageSource.classes`.
     paths : list of str
         Path of each image, relative to the folder or as in the manifest; the index, for a data set.
     thumbs : list of bytes
         A JPEG of each image, its longest side at most 64 pixels.
+    keys : list of str
+        What `ImageSource.again` finds each image by.
     """
 
     images: Tensor
     labels: np.ndarray
     paths: list[str]
     thumbs: list[bytes]
+    keys: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -85,7 +89,7 @@ class Batch:
     def part(self, start: int, stop: int) -> Batch:
         """Rows `start` to `stop`, images and labels as views."""
         rows = slice(start, stop)
-        return Batch(self.images[rows], self.labels[rows], self.paths[rows], self.thumbs[rows])
+        return Batch(self.images[rows], self.labels[rows], self.paths[rows], self.thumbs[rows], self.keys[rows])
 
 
 def open_images(
@@ -196,6 +200,7 @@ class ImageSource:
         self._order = SeededOrder(catalog.walk, self.available, seed)
         self._order.reach(dict.fromkeys(names, per_class))
         self._workers = "0"
+        self._pictures: bool | None = None
         self._reset()
 
     def batches(self, transform: Transform | None, batch_size: int, workers: int | None = None) -> Iterator[Batch]:
@@ -217,11 +222,42 @@ class ImageSource:
             If a picture has no transform; if the transform fails, with the file's name; if a whole class is bad; at the
             first bad image where `on_bad_image` is ``fail``.
         """
+        return _joined(self.groups(transform, batch_size, workers))
+
+    def groups(
+        self, transform: Transform | None, batch_size: int, workers: int | None = None
+    ) -> Generator[list[Batch], None, None]:
+        """One pass as `batches`, each batch in the parts in which it came, so that nothing need be copied."""
         if batch_size < 1 or (workers is not None and workers < 0):
             raise InputError(f"batch_size is at least 1 and workers at least 0; got {batch_size} and {workers}")
         if transform is None and self._catalog.dataset is None:
             raise InputError("image files need a transform: PIL image -> tensor (c, h, w); none is given")
-        return _regroup(self._pass(transform, min(CHUNK, batch_size), workers), batch_size)
+        return _grouped(self._pass(transform, min(CHUNK, batch_size), workers), batch_size)
+
+    def again(
+        self,
+        keys: Sequence[str],
+        shape: tuple[int, ...],
+        transform: Transform | None,
+        batch_size: int,
+        workers: int | None = None,
+    ) -> Generator[list[Tensor], None, None]:
+        """Images that were delivered before, in batches: the parts of each, ``(b, *shape)``.
+
+        Raises
+        ------
+        InputError
+            If one cannot be read any more, or has another shape.
+        """
+        reader, size = self._reader(), min(CHUNK, batch_size)
+        count = default_workers(len(keys)) if workers is None else workers if len(keys) >= FEW_IMAGES else 0
+        if cannot_be_sent(reader, transform):
+            count = 0
+        chunks = Chunks(reader, transform, list(keys), size, self.seed, shape)
+        with closing(_grouped(_unchanged(load_chunks(chunks, count), keys), batch_size)) as groups:
+            for parts in groups:
+                yield [part.images for part in parts]
+                del parts
 
     def describe(self) -> dict[str, Any]:
         """What was chosen, and what the latest pass delivered and skipped, for JSON."""
@@ -244,14 +280,9 @@ class ImageSource:
 
     def holds_pictures(self) -> bool:
         """Whether the images need a transform: all but a data set's tensors, of which one item is read."""
-        if self._catalog.dataset is None:
-            return True
-        for name in self.classes:
-            try:
-                return not isinstance(self._item(self._order[name][0]), Tensor)
-            except BadImage:
-                continue
-        return False
+        if self._pictures is None:
+            self._pictures = self._catalog.dataset is None or self._first_is_a_picture()
+        return self._pictures
 
     def fingerprint(self) -> str:
         """A hash of the choice, to know whether a run can be resumed: it changes if a chosen file does.
@@ -277,6 +308,14 @@ class ImageSource:
                     state = [key, type(error).__name__]
                 digest.update(json.dumps(state).encode())
         return digest.hexdigest()
+
+    def _first_is_a_picture(self) -> bool:
+        for name in self.classes:
+            try:
+                return not isinstance(self._item(self._order[name][0]), Tensor)
+            except BadImage:
+                continue
+        return False
 
     def _item(self, key: str) -> Any:
         with random_from(self.seed, key):
@@ -332,7 +371,8 @@ class ImageSource:
                         self._delivered[i] += 1
                     if not first_round:
                         self.replaced += len(keys)
-                    yield Batch(chunk.images, labels, list(map(shown, keys)), chunk.thumbs)
+                    yield Batch(chunk.images, labels, list(map(shown, keys)), chunk.thumbs, keys)
+                    del chunk  # its memory may be wanted for the next
             taken = [have + more for have, more in zip(taken, wanted, strict=True)]
             jobs, wanted = self._jobs(taken, missing), missing
             first_round = False
@@ -436,27 +476,54 @@ def _chosen_classes(catalog: Catalog, classes: Sequence[str] | None) -> list[str
     return chosen
 
 
-def _regroup(pieces: Generator[Batch, None, None], size: int) -> Iterator[Batch]:
-    """Batches of exactly `size`, the last one aside, from batches of at most `size`."""
+def without_images(parts: list[Batch]) -> Batch:
+    """What is known of the images of a batch that came in parts."""
+    return replace(_join([replace(part, images=part.images[:0]) for part in parts]), images=torch.empty(0))
+
+
+def _joined(groups: Generator[list[Batch], None, None]) -> Generator[Batch, None, None]:
+    with closing(groups):
+        for parts in groups:
+            yield _join(parts)
+            del parts
+
+
+def _join(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    return Batch(
+        torch.cat([part.images for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        [path for part in parts for path in part.paths],
+        [thumb for part in parts for thumb in part.thumbs],
+        [key for part in parts for key in part.keys],
+    )
+
+
+def _grouped(pieces: Generator[Batch, None, None], size: int) -> Generator[list[Batch], None, None]:
+    """The parts of batches of exactly `size`, the last one aside, from batches of at most `size`."""
     held: list[Batch] = []
     with closing(pieces):
         for piece in pieces:
-            held.append(piece)
-            count = sum(map(len, held))
-            if count >= size:
-                whole = _join(held)
-                yield whole.part(0, size)
-                held = [whole.part(size, count)] if count > size else []
+            more = sum(map(len, held)) + len(piece) - size
+            if more < 0:
+                held.append(piece)
+            else:
+                whole = [*held, piece.part(0, len(piece) - more)]
+                held = [piece.part(len(piece) - more, len(piece))] if more else []
+                yield whole
+                del whole
+            del piece
     if held:
-        yield _join(held)
+        yield held
 
 
-def _join(pieces: list[Batch]) -> Batch:
-    if len(pieces) == 1:
-        return pieces[0]
-    return Batch(
-        torch.cat([piece.images for piece in pieces]),
-        np.concatenate([piece.labels for piece in pieces]),
-        [path for piece in pieces for path in piece.paths],
-        [thumb for piece in pieces for thumb in piece.thumbs],
-    )
+def _unchanged(chunks: Generator[Chunk, None, None], keys: Sequence[str]) -> Generator[Batch, None, None]:
+    """Chunks of images that were all good before, as batches of images alone."""
+    with closing(chunks):
+        for chunk in chunks:
+            for position, reason in chunk.bad:
+                raise InputError(f"image {shown(keys[position])} changed since the first pass: {reason}")
+            names = [keys[position] for position in chunk.good]
+            yield Batch(chunk.images, np.empty(len(names), dtype=np.int64), names, [], names)
+            del chunk

@@ -10,7 +10,7 @@ import random
 import re
 import signal
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gpuclust.capture.decode import BadImage, decode_file, encode_thumbnail, to_rgb
+from gpuclust.capture.transport import ByteTransform, Transform
 from gpuclust.errors import GpuclustError, InputError
-
-Transform = Callable[[Image.Image], Tensor]
 
 MAX_WORKERS = 8
 FEW_IMAGES = 64  # fewer are decoded before the workers have started
@@ -76,11 +75,12 @@ class Chunk:
 
     Attributes
     ----------
-    images : Tensor (b, c, h, w) float32
+    images : Tensor (b, c, h, w)
+        float32; uint8 of a `ByteTransform`.
     good : list of int
         Positions of the rows of `images`.
     thumbs : list of bytes
-        A small JPEG of each row.
+        A small JPEG of each row; none if they were not asked for.
     bad : list of (int, str)
         Positions and reasons of the images that can't be used.
     fault : (str, str), optional
@@ -100,10 +100,22 @@ class Chunks(Dataset[Chunk]):
 
     Random numbers that an item or the transform draws from Python's, NumPy's or torch's global generators depend on
     `seed` and the key alone, and leave the generators as they were.
+
+    Where `shape` is given, the images were read before: one of another shape now is a bad one, and no small pictures
+    are made.
     """
 
-    def __init__(self, reader: Reader, transform: Transform | None, keys: list[str], size: int, seed: int) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        transform: Transform | None,
+        keys: list[str],
+        size: int,
+        seed: int,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
         self.reader, self.transform, self.keys, self.size, self.seed = reader, transform, keys, size, seed
+        self.shape = shape
 
     def __len__(self) -> int:
         return -(-len(self.keys) // self.size)
@@ -119,6 +131,8 @@ class Chunks(Dataset[Chunk]):
             try:
                 with random_from(self.seed, key):
                     image, thumb = self._load(key)
+                if self.shape is not None and image.shape != self.shape:
+                    raise BadImage(f"its shape is {tuple(image.shape)} and was {tuple(self.shape)}")
                 if images and image.shape != images[0].shape:
                     raise ValueError(shapes_differ(images[0].shape, image.shape))
             except BadImage as error:
@@ -129,18 +143,21 @@ class Chunks(Dataset[Chunk]):
                 break
             images.append(image)
             good.append(position)
-            thumbs.append(thumb)
+            thumbs += thumb
         return Chunk(torch.stack(images) if images else torch.empty(0), good, thumbs, bad, fault)
 
-    def _load(self, key: str) -> tuple[Tensor, bytes]:
+    def _load(self, key: str) -> tuple[Tensor, list[bytes]]:
         image = self.reader.read(key)
-        if isinstance(image, Tensor):
-            tensor = _network_input(image)
-            return tensor, encode_thumbnail(tensor)
-        thumb = encode_thumbnail(image)
-        if self.transform is None:
-            raise TypeError("a picture needs a transform to become a tensor (c, h, w), and none is given")
-        return _network_input(self.transform(image)), thumb
+        if not isinstance(image, Tensor):
+            thumbs = [] if self.shape else [encode_thumbnail(image)]
+            if self.transform is None:
+                raise TypeError("a picture needs a transform to become a tensor (c, h, w), and none is given")
+            given = self.transform(image)
+            return given if isinstance(self.transform, ByteTransform) else _network_input(given), thumbs
+        if isinstance(self.transform, ByteTransform):
+            raise TypeError("the data set's first image is a picture, and this one a tensor: they are one or the other")
+        tensor = _network_input(image)
+        return tensor, [] if self.shape else [encode_thumbnail(tensor)]
 
 
 def load_chunks(chunks: Chunks, workers: int) -> Generator[Chunk, None, None]:
@@ -171,6 +188,7 @@ def load_chunks(chunks: Chunks, workers: int) -> Generator[Chunk, None, None]:
                 error.add_note(chunk.fault[1])
                 raise error
             yield chunk
+            del chunk  # its memory may be wanted for the next
     except RuntimeError as error:
         if not re.search(r"DataLoader worker .*(exited|killed)", str(error)):
             raise

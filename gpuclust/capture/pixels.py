@@ -1,40 +1,186 @@
-"""thin stand-in"""
+"""Pixels: the images of a run as a network's input, as often as they are wanted, with the same bits each time."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from itertools import chain
 
-def pixel_bytes(transform, example):
-    return example[0].numel() * 4
+import torch
+from torch import Tensor
+
+from gpuclust.capture.images import Batch, ImageSource, without_images
+from gpuclust.capture.loader import Transform
+from gpuclust.capture.transport import ByteTransform, as_bytes
+from gpuclust.cluster.sources.staging import Piece, Staging
+
+
+def pixel_bytes(images: ImageSource, transform: Transform | None, example: Tensor) -> int:
+    """Bytes of one image as it travels and as `Pixels` keeps it; `example` is one image ``(1, c, h, w)``."""
+    return example[0].numel() * _transport(images, transform)[1].itemsize
 
 
 class Pixels:
-    def __init__(self, images, transform, batch_size, *, device, dtype, workers, keep):
-        self.images, self.transform, self.batch_size, self.device, self.dtype, self.workers, self.keep = (
-            images,
-            transform,
-            batch_size,
-            device,
-            dtype,
-            workers,
-            keep,
-        )
+    """The images of a run in batches on the device: decoded once where they are kept there, else in every pass.
+
+    Pictures travel as bytes where their transform allows it (`as_bytes`), and are kept so; all others as float32.
+    Every input is contiguous memory of its own, freshly written, since a network's rounding may depend on how its
+    input lies; and batches are cut at the same images in every pass.
+
+    Parameters
+    ----------
+    images : ImageSource
+    transform : callable or None
+        PIL image -> tensor ``(c, h, w)``.
+    batch_size : int
+    device : torch.device
+    dtype : torch.dtype
+        Of the network's input.
+    workers : int or None
+        Processes that decode; see `ImageSource.batches`.
+    keep : bool
+        Whether the first pass keeps the images on the device for later ones; may be set until it begins.
+
+    Attributes
+    ----------
+    n : int
+        Images that the first pass gave; 0 before its end.
+    kept_bytes : int
+        What is kept on the device.
+    """
+
+    def __init__(
+        self,
+        images: ImageSource,
+        transform: Transform | None,
+        batch_size: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        workers: int | None,
+        keep: bool,
+    ) -> None:
+        self.images, self.batch_size, self.workers, self.keep = images, batch_size, workers, keep
+        self.device, self.dtype = device, dtype
         self.n = 0
-        self.kept_bytes = 0
-        self._b = []
+        self._transform, self._sent = _transport(images, transform)
+        self._kept: Tensor | None = None
+        self._keys: list[str] = []
+        self._shape: tuple[int, ...] = ()
+        self._values: Tensor | None = None
 
-    def first(self):
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self._kept is None else self._kept.nbytes
+
+    def first(self) -> Generator[tuple[int, Tensor, Batch], None, None]:
+        """The first pass: (index of the first image, input ``(b, c, h, w)``, batch without its images) of each batch.
+
+        What is kept is written as the batches come; `again` may be called after the last.
+        """
+        self.n, self._keys = 0, []
+        known: deque[Batch] = deque()  # of the batches that are on their way
+        groups = self.images.groups(self._transform, self.batch_size, self.workers)
         start = 0
-        for b in self.images.batches(self.transform, self.batch_size, self.workers):
-            yield start, b.images.to(self.device, self.dtype, copy=True), b
-            start += len(b)
-            self.n = start
+        with closing(self._arrived(_told_apart(groups, known))) as batches:
+            for parts in batches:
+                batch = known.popleft()
+                self._shape = tuple(parts[0].shape[1:])
+                if self.keep:
+                    self._store(parts, start)
+                self._keys += batch.keys
+                yield start, self._input(parts), batch
+                start += len(batch)
+                del parts
+        self.n = start
 
-    def drop(self):
-        self.keep = False
+    def again(self, wanted: Sequence[int] | None = None) -> Generator[tuple[int, int, Tensor], None, None]:
+        """A later pass: (number of the batch, index of its first image, input) of all batches, or of those wanted.
 
-    def again(self, wanted=None):
-        start = 0
-        for i, b in enumerate(self.images.batches(self.transform, self.batch_size, self.workers)):
-            if wanted is None or i in wanted:
-                yield i, start, b.images.to(self.device, self.dtype, copy=True)
-            start += len(b)
+        Batches come in ascending order, from what is kept or decoded once more.
+
+        Raises
+        ------
+        InputError
+            If an image that is decoded once more cannot be read now, or has another shape.
+        """
+        numbers = range(-(-self.n // self.batch_size)) if wanted is None else sorted(set(wanted))
+        starts = [number * self.batch_size for number in numbers]
+        if self._kept is not None:
+            for number, start in zip(numbers, starts, strict=True):
+                yield number, start, self._input([self._kept[start : min(start + self.batch_size, self.n)]])
+            return
+        keys = [key for start in starts for key in self._keys[start : start + self.batch_size]]
+        decoded = self.images.again(keys, self._shape, self._transform, self.batch_size, self.workers)
+        with closing(self._arrived(decoded)) as batches:
+            for number, start, parts in zip(numbers, starts, batches, strict=True):
+                yield number, start, self._input(parts)
+                del parts
+
+    def drop(self) -> None:
+        """Give back what is kept; later passes decode."""
+        self.keep, self._kept = False, None
+
+    def _arrived(self, batches: Generator[list[Tensor], None, None]) -> Generator[list[Tensor], None, None]:
+        """The parts of each batch where the device reads them; they are valid until the next is asked for."""
+        with closing(batches):
+            if self.device.type != "cuda":
+                yield from batches
+            elif parts := next(batches, None):
+                shape = parts[0].shape[1:]
+                staging = Staging(self.batch_size, shape.numel(), self._sent, self.device)
+                with closing(staging.stream(_pieces(chain([parts], batches)))) as pieces:
+                    del parts
+                    for _, rows in pieces:
+                        yield [rows.view(-1, *shape)]
+
+    def _store(self, parts: list[Tensor], start: int) -> None:
+        if self._kept is None or self._kept.shape[1:] != self._shape:
+            self._kept = None
+            self._kept = torch.empty(self.images.n, *self._shape, dtype=self._sent, device=self.device)
+        for part in parts:
+            self._kept[start : start + len(part)].copy_(part)
+            start += len(part)
+
+    def _input(self, parts: list[Tensor]) -> Tensor:
+        """The network's input from its parts on the device."""
+        images = torch.empty(sum(map(len, parts)), *self._shape, dtype=self.dtype, device=self.device)
+        for part, out in zip(parts, images.split([len(part) for part in parts]), strict=True):
+            if isinstance(self._transform, ByteTransform):
+                if self._values is None:
+                    self._values = self._transform.values.to(self.device, self.dtype)
+                self._transform.apply(part, out, self._values)
+            else:
+                out.copy_(part)
+        return images
+
+
+def _transport(images: ImageSource, transform: Transform | None) -> tuple[Transform | None, torch.dtype]:
+    """What workers do to each image, and the type of what they send."""
+    split = as_bytes(transform) if images.holds_pictures() else None
+    return (transform, torch.float32) if split is None else (split, torch.uint8)
+
+
+def _told_apart(groups: Generator[list[Batch], None, None], known: deque[Batch]) -> Generator[list[Tensor], None, None]:
+    """The images of batches in their parts; what else is known of each batch goes to `known`."""
+    with closing(groups):
+        for parts in groups:
+            known.append(without_images(parts))
+            yield [part.images for part in parts]
+            del parts
+
+
+def _pieces(batches: Iterable[list[Tensor]]) -> Iterator[Piece]:
+    """Batches as rows that a thread copies into page-locked memory while the network has the batch before."""
+    start = 0
+    for parts in batches:
+        size = sum(map(len, parts))
+        yield Piece(start, size, partial(_fill, parts))
+        start += size
+
+
+def _fill(parts: list[Tensor], rows: Tensor) -> None:
+    for part, out in zip(parts, rows.split([len(part) for part in parts]), strict=True):
+        out.copy_(part.flatten(1))

@@ -1,0 +1,158 @@
+"""Pictures as bytes: a transform that ends elementwise, split into what makes bytes and what the bytes mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gpuclust.arithmetic import seeded
+
+Transform = Callable[[Image.Image], Tensor]
+
+# Steps of `Compose` by the names of their classes, in torchvision (v1 and v2) and timm. A step of any other kind, or a
+# subclass of one's own, leaves the transform whole.
+_LIBRARIES = ("torchvision.transforms", "timm.data.transforms")
+_GEOMETRY = {
+    *("Resize", "CenterCrop", "Pad", "Grayscale", "ResizeKeepRatio", "CenterCropOrPad"),
+    *("RandomCrop", "RandomResizedCrop", "RandomHorizontalFlip", "RandomVerticalFlip"),
+}
+_BYTES = {"PILToTensor", "ToImage"}
+_CONVERSIONS = {"ConvertImageDtype", "ToDtype"}
+# Widths and heights of the pictures that a split is tried on.
+_TRIALS = ((300, 260), (97, 411), (24, 24))
+# Values that are looked up at a time: what their places take stays in a core's cache.
+_LOOK_UP = {"cpu": 1 << 17, "cuda": 1 << 21}
+
+
+@dataclass(frozen=True)
+class ByteTransform:
+    """The part of a transform that runs where pictures are decoded: picture -> uint8 tensor ``(c, h, w)``.
+
+    Attributes
+    ----------
+    steps : sequence of callables
+        One after the other, the last of which gives a picture or a uint8 tensor.
+    values : Tensor (c, 256) float32
+        What the rest of the transform makes of each byte of each channel, by its own arithmetic on the CPU. So a
+        device only looks up, and gives the same bits as the transform, whatever its own division rounds to.
+    """
+
+    steps: Sequence[Callable[[Any], Any]]
+    values: Tensor
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        return _bytes(self.steps, picture)
+
+    def apply(self, images: Tensor, out: Tensor, values: Tensor | None = None) -> None:
+        """Write what the whole transform gives for `images` ``(b, c, h, w)`` uint8 into `out`, both contiguous.
+
+        `values` are the transform's on the device of both, of the type of `out`.
+        """
+        values = self.values.to(out.device, out.dtype) if values is None else values
+        offsets = 256 * torch.arange(len(values), device=out.device).view(-1, 1, 1)
+        group = max(1, _LOOK_UP.get(out.device.type, 1 << 21) // images[0].numel())
+        for some, into in zip(images.split(group), out.split(group), strict=True):
+            torch.take(values, some.long().add_(offsets), out=into)
+
+
+def as_bytes(transform: Transform | None) -> ByteTransform | None:
+    """The transform split where bytes become floats, if it is known to be elementwise from there on; else None.
+
+    Known are torchvision's presets for classification and `Compose` of torchvision's or timm's usual steps. Whatever
+    they are made of, a split counts only if it gives the bits of the transform itself for pictures of noise.
+    """
+    split = _preset(transform) or _composed(transform)
+    if transform is None or split is None:
+        return None
+    steps, rest = split
+    try:
+        values = _values(steps, rest)
+        found = ByteTransform(steps, values)
+        return found if all(_same(transform, found, size) for size in _TRIALS) else None
+    except Exception:  # a transform that raises here is left to say so on a picture of the user's
+        return None
+
+
+def _preset(transform: Any) -> tuple[list[Any], list[Any]] | None:
+    kind = type(transform)
+    if (kind.__module__, kind.__name__) != ("torchvision.transforms._presets", "ImageClassification"):
+        return None
+    from torchvision.transforms import CenterCrop, Compose, ConvertImageDtype, Normalize, PILToTensor, Resize
+
+    resize = Resize(transform.resize_size, transform.interpolation, antialias=transform.antialias)
+    rest = [ConvertImageDtype(torch.float32), Normalize(transform.mean, transform.std)]
+    return _composed(Compose([resize, CenterCrop(transform.crop_size), PILToTensor(), *rest]))
+
+
+def _composed(transform: Any) -> tuple[list[Any], list[Any]] | None:
+    """The steps up to bytes and those from bytes on."""
+    if _name(transform) != "Compose":
+        return None
+    steps = list(transform.transforms)
+    names = [_name(step) for step in steps]
+    floats = [_makes_floats(step) for step in steps]
+    if True not in floats:
+        return None
+    at = floats.index(True)
+    whole = not set(names[:at]) <= _GEOMETRY | _BYTES | _CONVERSIONS | {"ToPureTensor"}
+    whole = whole or not set(names[at + 1 :]) <= {"Normalize", "ToPureTensor"} | _CONVERSIONS
+    return None if whole else (steps[:at], steps[at:])
+
+
+def _makes_floats(step: Any) -> bool:
+    conversion = _name(step) in _CONVERSIONS and step.dtype != torch.uint8
+    return conversion or _name(step) in ("ToTensor", "MaybeToTensor")
+
+
+def _name(step: Any) -> str:
+    """The name of a step's class where it is one of the libraries' own."""
+    kind = type(step)
+    return kind.__name__ if kind.__module__.startswith(_LIBRARIES) else ""
+
+
+def _bytes(steps: Sequence[Callable[[Any], Any]], picture: Image.Image) -> Tensor:
+    image: Any = picture
+    for step in steps:
+        image = step(image)
+    if isinstance(image, Tensor):
+        image = image.as_subclass(Tensor)
+    else:
+        image = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
+    if image.dtype != torch.uint8:
+        raise TypeError(f"bytes were expected of the transform before it makes floats; got {image.dtype}")
+    return image.contiguous()
+
+
+def _values(steps: Sequence[Any], rest: Sequence[Any]) -> Tensor:
+    """What the rest of a transform makes of each byte, one picture of 256 pixels being all bytes."""
+    image: Any = Image.new("RGB", (8, 8))
+    for step in steps:
+        image = step(image)
+    if isinstance(image, Tensor):
+        image = torch.arange(256, dtype=torch.uint8).expand(len(image), 1, 256).contiguous()
+    else:
+        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+        image = Image.merge(image.mode, [ramp] * len(image.getbands()))
+    for step in rest:
+        image = step(image)
+    values: Tensor = image.as_subclass(Tensor).float()
+    return values.reshape(len(values), 256).contiguous()
+
+
+def _same(transform: Transform, split: ByteTransform, size: tuple[int, int]) -> bool:
+    """Whether a split gives the bits of the transform for a picture of noise, random steps drawing the same."""
+    noise = np.random.default_rng(size).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    with seeded(0):
+        expected = transform(picture).as_subclass(Tensor).float()
+    with seeded(0):
+        images = split(picture)[None]
+    found = torch.empty(images.shape)
+    split.apply(images, found)
+    return torch.equal(found[0], expected)
