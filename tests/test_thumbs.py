@@ -76,7 +76,7 @@ def test_samples_in_a_file_are_those_that_were_saved(tmp_path):
     assert len(Samples.load(tmp_path / "none.npz").thumbs) == 0
 
 
-def test_samples_of_version_1_0_can_be_read(tmp_path):
+def test_samples_with_their_text_as_wide_characters_can_be_read(tmp_path):
     text = json.dumps({"paths": ["a/1", "a/2"], "classes": ["a"]})
     pixels = np.frombuffer(b"onefour", np.uint8)
     np.savez(tmp_path / "x.npz", text=np.array(text), labels=np.zeros(2, int), sizes=np.array([3, 4]), pixels=pixels)

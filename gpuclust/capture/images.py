@@ -295,8 +295,11 @@ class ImageSource:
         dataset, root = self._catalog.dataset, self._catalog.root
         orders = [self._order[name] for name in self.classes]
         if dataset is not None:
-            chosen = [order[: self.per_class] for order in orders]
-            digest.update(json.dumps([self._catalog.data, len(dataset), chosen]).encode())  # type: ignore[arg-type]
+            opening = json.dumps([self._catalog.data, len(dataset), []])  # type: ignore[arg-type]
+            digest.update(opening.removesuffix("]]").encode())
+            for i, order in enumerate(orders):
+                digest.update(f"{', ' if i else ''}{json.dumps(order[: self.per_class])}".encode())
+            digest.update(b"]]")
             for order in orders:
                 digest.update(self._content(order[0]))
         elif root is not None:

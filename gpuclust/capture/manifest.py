@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,9 +13,6 @@ import numpy as np
 from gpuclust.capture.catalog import Catalog, natural
 from gpuclust.capture.keys import Keys, Wanted
 from gpuclust.errors import InputError
-
-# A path that no normalisation changes: no part of it is empty, a dot or two.
-_NORMAL = re.compile(r"/?(?!\.{0,2}(/|$))[^/]+(/(?!\.{0,2}(/|$))[^/]+)*") if os.sep == "/" else None
 
 
 def read_manifest(path: Path, class_level: int | None = None) -> Catalog:
@@ -89,13 +85,18 @@ def _class(label: str, class_level: int | None) -> str:
 
 def _absolute(base: str, image: str) -> str:
     """One file may be written in several ways; this is the same for all of them."""
-    if _NORMAL and _NORMAL.fullmatch(image):
+    if _is_normal(image):
         return image if image[0] == "/" else base + image
     return os.path.abspath(os.path.join(base, image))
 
 
 def _posix(image: str) -> str:
-    return image if _NORMAL and _NORMAL.fullmatch(image) else Path(image).as_posix()
+    return image if _is_normal(image) else Path(image).as_posix()
+
+
+def _is_normal(image: str) -> bool:
+    """Whether it is plain at a glance that no part of a path is empty, a dot or two: most are, and pathlib is slow."""
+    return os.sep == "/" and image[0] != "." and image[-1] != "/" and "//" not in image and "/." not in image
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
