@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpuclust.capture.dry import give_back
 from gpuclust.capture.images import ImageSource
 from gpuclust.capture.layers import Layer, choose_layers
 from gpuclust.capture.memory import MemoryPlan
@@ -28,6 +27,7 @@ from gpuclust.compare.similarity import geometry
 from gpuclust.config import parse_bytes, read_options, show_bytes
 from gpuclust.energy import Energy
 from gpuclust.errors import InputError, first_line, is_out_of_memory
+from gpuclust.free import give_back
 from gpuclust.libraries import load_libraries
 from gpuclust.prepare import (
     Imagined,

@@ -35,7 +35,7 @@ from gpuclust.cluster.sources.inputs import find_device
 from gpuclust.config import Options, command_line, environment
 from gpuclust.doctor import hardware, versions
 from gpuclust.errors import InputError, MemoryLimitError, first_line, is_out_of_memory, users_code
-from gpuclust.free import free_bytes
+from gpuclust.free import free_bytes, give_back_at_once
 from gpuclust.identity import of_network, of_software
 
 # Images of one forward pass, halved until the network's widest activation takes no more than so many bytes. A network's
@@ -267,6 +267,9 @@ def prepare(network: Network, images: ImageSource | Imagined, settings: Options)
     device = find_device(environment().device or "auto" if settings.device == "auto" else settings.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    limit = settings.memory_limit or environment().memory_limit
+    if limit and device.type == "cpu":
+        give_back_at_once()
     clusters = settings.clusters or len(images.classes)
     if clusters > images.n:
         raise InputError(
@@ -299,7 +302,7 @@ def prepare(network: Network, images: ImageSource | Imagined, settings: Options)
         )
         room = Room(
             free,
-            settings.memory_limit or environment().memory_limit,
+            limit,
             free_bytes(torch.device("cpu")) if device.type == "cuda" else 0,
             shutil.disk_usage(settings.spill).free if settings.spill else 0,
             _RESERVE_BYTES.get(device.type, 0),

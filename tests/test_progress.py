@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpuclust.capture.images import Batch
+from gpuclust.capture.batches import Batch
 from gpuclust.progress import Progress, _memory, _resident
 from gpuclust.rows import cluster_file
 from gpuclust.timeleft import TimeLeft

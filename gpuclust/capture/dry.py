@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from gpuclust.capture.loader import MAX_WORKERS
 from gpuclust.capture.memory import Forward
 from gpuclust.capture.stream import ActivationStream
 from gpuclust.errors import users_code
+from gpuclust.free import give_back
 
 # Seconds for reading, decoding and resizing one image of usual size in one process.
 _DECODE_S = 0.012
@@ -116,17 +115,6 @@ def counted_batch(
         pixel_bytes,
         _DECODE_S / MAX_WORKERS,
     )
-
-
-def give_back(device: torch.device) -> None:
-    """Give memory that was freed back to the system, as far as it can be."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim:
-            trim(0)
 
 
 def _begin_peak(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gpuclust.capture.batches import Batch, grouped, joined, unchanged
 from gpuclust.capture.catalog import Catalog, read_folder, shown
 from gpuclust.capture.datasets import open_torchvision, read_dataset
 from gpuclust.capture.decode import BadImage
@@ -28,7 +29,6 @@ from gpuclust.capture.keys import Keys, SeededOrder
 from gpuclust.capture.loader import (
     CHUNK,
     FEW_IMAGES,
-    Chunk,
     Chunks,
     DatasetReader,
     FileReader,
@@ -57,39 +57,6 @@ class Skipped:
     path: str
     class_name: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some images in the order of the run.
-
-    Attributes
-    ----------
-    images : Tensor (b, c, h, w)
-        On the CPU; float32, or uint8 of a `ByteTransform`.
-    labels : int64 array (b,)
-        Indices into `ImageSource.classes`.
-    paths : list of str
-        Path of each image, relative to the folder or as in the manifest; the index, for a data set.
-    thumbs : list of bytes
-        A JPEG of each image, its longest side at most 64 pixels.
-    keys : list of str
-        What `ImageSource.again` finds each image by.
-    """
-
-    images: Tensor
-    labels: np.ndarray
-    paths: list[str]
-    thumbs: list[bytes]
-    keys: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def part(self, start: int, stop: int) -> Batch:
-        """Rows `start` to `stop`, images and labels as views."""
-        rows = slice(start, stop)
-        return Batch(self.images[rows], self.labels[rows], self.paths[rows], self.thumbs[rows], self.keys[rows])
 
 
 def open_images(
@@ -222,7 +189,7 @@ class ImageSource:
             If a picture has no transform; if the transform fails, with the file's name; if a whole class is bad; at the
             first bad image where `on_bad_image` is ``fail``.
         """
-        return _joined(self.groups(transform, batch_size, workers))
+        return joined(self.groups(transform, batch_size, workers))
 
     def groups(
         self, transform: Transform | None, batch_size: int, workers: int | None = None
@@ -232,7 +199,7 @@ class ImageSource:
             raise InputError(f"batch_size is at least 1 and workers at least 0; got {batch_size} and {workers}")
         if transform is None and self._catalog.dataset is None:
             raise InputError("image files need a transform: PIL image -> tensor (c, h, w); none is given")
-        return _grouped(self._pass(transform, min(CHUNK, batch_size), workers), batch_size)
+        return grouped(self._pass(transform, min(CHUNK, batch_size), workers), batch_size)
 
     def again(
         self,
@@ -254,7 +221,7 @@ class ImageSource:
         if cannot_be_sent(reader, transform):
             count = 0
         chunks = Chunks(reader, transform, list(keys), size, self.seed, shape)
-        with closing(_grouped(_unchanged(load_chunks(chunks, count), keys), batch_size)) as groups:
+        with closing(grouped(unchanged(load_chunks(chunks, count), keys), batch_size)) as groups:
             for parts in groups:
                 yield [part.images for part in parts]
                 del parts
@@ -477,56 +444,3 @@ def _chosen_classes(catalog: Catalog, classes: Sequence[str] | None) -> list[str
             f"{len(chosen)} take part: {', '.join(chosen) or 'none'}"
         )
     return chosen
-
-
-def without_images(parts: list[Batch]) -> Batch:
-    """What is known of the images of a batch that came in parts."""
-    return replace(_join([replace(part, images=part.images[:0]) for part in parts]), images=torch.empty(0))
-
-
-def _joined(groups: Generator[list[Batch], None, None]) -> Generator[Batch, None, None]:
-    with closing(groups):
-        for parts in groups:
-            yield _join(parts)
-            del parts
-
-
-def _join(parts: list[Batch]) -> Batch:
-    if len(parts) == 1:
-        return parts[0]
-    return Batch(
-        torch.cat([part.images for part in parts]),
-        np.concatenate([part.labels for part in parts]),
-        [path for part in parts for path in part.paths],
-        [thumb for part in parts for thumb in part.thumbs],
-        [key for part in parts for key in part.keys],
-    )
-
-
-def _grouped(pieces: Generator[Batch, None, None], size: int) -> Generator[list[Batch], None, None]:
-    """The parts of batches of exactly `size`, the last one aside, from batches of at most `size`."""
-    held: list[Batch] = []
-    with closing(pieces):
-        for piece in pieces:
-            more = sum(map(len, held)) + len(piece) - size
-            if more < 0:
-                held.append(piece)
-            else:
-                whole = [*held, piece.part(0, len(piece) - more)]
-                held = [piece.part(len(piece) - more, len(piece))] if more else []
-                yield whole
-                del whole
-            del piece
-    if held:
-        yield held
-
-
-def _unchanged(chunks: Generator[Chunk, None, None], keys: Sequence[str]) -> Generator[Batch, None, None]:
-    """Chunks of images that were all good before, as batches of images alone."""
-    with closing(chunks):
-        for chunk in chunks:
-            for position, reason in chunk.bad:
-                raise InputError(f"image {shown(keys[position])} changed since the first pass: {reason}")
-            names = [keys[position] for position in chunk.good]
-            yield Batch(chunk.images, np.empty(len(names), dtype=np.int64), names, [], names)
-            del chunk

@@ -8,7 +8,7 @@ from contextlib import closing
 from torch import Tensor
 
 from gpuclust.arithmetic import seeded
-from gpuclust.capture.images import Batch
+from gpuclust.capture.batches import Batch
 from gpuclust.capture.layers import Layer
 from gpuclust.capture.models import Network
 from gpuclust.capture.pixels import Pixels

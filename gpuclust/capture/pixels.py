@@ -7,17 +7,27 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gpuclust.capture.images import Batch, ImageSource, without_images
+from gpuclust.capture.batches import Batch, without_images
+from gpuclust.capture.images import ImageSource
+from gpuclust.capture.keys import Keys
 from gpuclust.capture.loader import Transform
 from gpuclust.capture.transport import ByteTransform, as_bytes
 from gpuclust.cluster.sources.staging import Piece, Staging
 
 
-def pixel_bytes(images: ImageSource, transform: Transform | None, example: Tensor) -> int:
+class Pictured(Protocol):
+    """Images of which it is known whether they are pictures."""
+
+    def holds_pictures(self) -> bool:
+        """Whether they need a transform."""
+
+
+def pixel_bytes(images: Pictured, transform: Transform | None, example: Tensor) -> int:
     """Bytes of one image as it travels and as `Pixels` keeps it; `example` is one image ``(1, c, h, w)``."""
     return example[0].numel() * _transport(images, transform)[1].itemsize
 
@@ -67,7 +77,7 @@ class Pixels:
         self.n = 0
         self._transform, self._sent = _transport(images, transform)
         self._kept: Tensor | None = None
-        self._keys: list[str] = []
+        self._keys = Keys()
         self._shape: tuple[int, ...] = ()
         self._values: Tensor | None = None
 
@@ -80,7 +90,7 @@ class Pixels:
 
         What is kept is written as the batches come; `again` may be called after the last.
         """
-        self.n, self._keys = 0, []
+        self.n, self._keys = 0, Keys()
         known: deque[Batch] = deque()  # of the batches that are on their way
         groups = self.images.groups(self._transform, self.batch_size, self.workers)
         start = 0
@@ -90,7 +100,8 @@ class Pixels:
                 self._shape = tuple(parts[0].shape[1:])
                 if self.keep:
                     self._store(parts, start)
-                self._keys += batch.keys
+                for key in batch.keys:
+                    self._keys.append(key)
                 yield start, self._input(parts), batch
                 start += len(batch)
                 del parts
@@ -157,7 +168,7 @@ class Pixels:
         return images
 
 
-def _transport(images: ImageSource, transform: Transform | None) -> tuple[Transform | None, torch.dtype]:
+def _transport(images: Pictured, transform: Transform | None) -> tuple[Transform | None, torch.dtype]:
     """What workers do to each image, and the type of what they send."""
     split = as_bytes(transform) if images.holds_pictures() else None
     return (transform, torch.float32) if split is None else (split, torch.uint8)
