@@ -49,7 +49,7 @@ def make_folder(path: Path) -> list[Path]:
     """Make a folder, and those above it, where they are not there; those that were made, the outermost first."""
     if path.is_dir():
         return []
-    made = make_folder(path.parent)
+    made = [] if path.parent.exists() else make_folder(path.parent)
     try:
         path.mkdir()
     except FileExistsError:

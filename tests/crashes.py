@@ -151,7 +151,10 @@ def _run(
                 return
             if event == "os.remove" and not os.path.lexists(given[0]):
                 return
-            at("write")
+            if next(calls) == call:
+                if end == "half" and event == "os.rename":
+                    os.truncate(given[0], os.path.getsize(given[0]) // 2)
+                _strike(end, Path(out))
 
     if not drawn:
         figures.draw_figures = lambda report: iter([(name, b"drawn") for name in _FIGURES])
@@ -174,6 +177,7 @@ def _run(
 def _strike(end: str, out: Path) -> None:
     """End the run: an ``error``, a ``full`` disk, an ``interrupt``, ``exit``, ``kill``; or ``wait`` for ever.
 
+    ``half`` kills it while a file is half written, where it is about to be renamed.
     ``orphan`` kills it, but not a process forked from it, which writes its number to ``OUT.orphan``; ``removed`` and
     ``replaced`` are what becomes of its folder.
     """

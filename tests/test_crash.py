@@ -140,7 +140,7 @@ def test_killed_at_each_change_of_its_folder(runs: Runs, two: Path, tmp_path: Pa
     kept = []
     for call in range(1, 100):
         out = tmp_path / str(call)
-        code, _ = runs(out, layers=TWO, stage="write", call=call)
+        code, _ = runs(out, layers=TWO, stage="write", call=call, end="half")
         if code == 0:
             break
         assert code == -signal.SIGKILL
