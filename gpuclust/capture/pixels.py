@@ -76,6 +76,8 @@ class Pixels:
         self.device, self.dtype = device, dtype
         self.n = 0
         self._transform, self._sent = _transport(images, transform)
+        # A CPU's cores are the network's or the decoders': nothing is won by a thread and two more batches of memory.
+        self._staged = device.type == "cuda"
         self._kept: Tensor | None = None
         self._keys = Keys()
         self._shape: tuple[int, ...] = ()
@@ -92,9 +94,8 @@ class Pixels:
         """
         self.n, self._keys = 0, Keys()
         known: deque[Batch] = deque()  # of the batches that are on their way
-        groups = self.images.groups(self._transform, self.batch_size, self.workers)
         start = 0
-        with closing(self._arrived(_told_apart(groups, known))) as batches:
+        with closing(self._arrived(_told_apart(self._groups(), known))) as batches:
             for parts in batches:
                 batch = known.popleft()
                 self._shape = tuple(parts[0].shape[1:])
@@ -134,10 +135,13 @@ class Pixels:
         """Give back what is kept; later passes decode."""
         self.keep, self._kept = False, None
 
+    def _groups(self) -> Generator[list[Batch], None, None]:
+        return self.images.groups(self._transform, self.batch_size, self.workers)
+
     def _arrived(self, batches: Generator[list[Tensor], None, None]) -> Generator[list[Tensor], None, None]:
         """The parts of each batch where the device reads them; they are valid until the next is asked for."""
         with closing(batches):
-            if self.device.type != "cuda":
+            if not self._staged:
                 yield from batches
             elif parts := next(batches, None):
                 shape = parts[0].shape[1:]
