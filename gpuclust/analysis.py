@@ -28,7 +28,7 @@ from gpuclust.config import parse_bytes, read_options, show_bytes
 from gpuclust.energy import Energy
 from gpuclust.errors import InputError, first_line, is_out_of_memory
 from gpuclust.free import give_back
-from gpuclust.libraries import load_libraries
+from gpuclust.libraries import load_libraries, touch_code
 from gpuclust.prepare import (
     Imagined,
     Setup,
@@ -99,6 +99,7 @@ def analyze(
     with RunFolder(out, resume=resume, force=force) as folder:
         images = find_images(data, settings)
         load_libraries()
+        touch_code()
         network = find_network(model, images, settings)
         with (
             in_memory(),
@@ -197,6 +198,7 @@ def cluster_layers(
             for i, step in enumerate(plan.steps):
                 watch = partial(bar.images, index=i, count=len(plan.steps))
                 for rows in capture.rows(step, left, watch):
+                    give_back(setup.device)
                     paths, labels, thumbs = capture.seen()
                     samples = Samples(paths, labels, setup.images.classes, thumbs)
                     if not kept:

@@ -16,7 +16,7 @@ from gpuclust.driver import NoDriver, asked, card
 # anything larger.
 _HELD = ("reserved", "active", "inactive_split")
 # Of glibc's mallopt: what is given back at once, and what a piece takes from the system by itself.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGE_BYTES = -1, -3, 1 << 20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGE_BYTES = -1, -3, 128 << 10
 
 
 def give_back_at_once() -> None:

@@ -1,9 +1,12 @@
-"""What scores, figures and the page need of other packages, loaded before the network comes: then a plan knows what is
-free, nothing of some 150 MB comes in mid-run, and a package that is broken says so before the first pass."""
+"""What a run needs of other packages, loaded and used once before the network comes: then a plan knows what is free,
+nothing of some 200 MB comes in mid-run, and a package that is broken says so before the first pass."""
 
 from __future__ import annotations
 
 from importlib import import_module
+
+import torch
+from torch import nn
 
 _NEEDED = (
     *("pandas", "pandas.io.formats.csvs", "pyarrow.parquet", "pyarrow.pandas_compat", "scipy.optimize"),
@@ -16,3 +19,21 @@ def load_libraries() -> None:
     """Import them all."""
     for name in _NEEDED:
         import_module(name)
+
+
+def touch_code() -> None:
+    """Take each step of a run once on the CPU, with next to no data, so that the libraries' code is in memory.
+
+    A process's memory counts the code that it has run, some 40 MB here, and a limit on memory counts it too.
+    """
+    from gpuclust.cluster import KMeans
+    from gpuclust.compare.similarity import geometry
+
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 4))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        network.eval()(torch.rand(2, 3, 4, 4))
+        rows = torch.rand(64, 512)
+    for solver in ("dual", "primal"):
+        labels = KMeans(3, n_init=2, random_state=0, solver=solver).fit(rows).labels_
+    geometry(rows, labels, 3, seed=0)

@@ -41,8 +41,8 @@ from gpuclust.identity import of_network, of_software
 # Images of one forward pass, halved until the network's widest activation takes no more than so many bytes. A network's
 # rounding depends on it, so it is part of the result: memory never changes it.
 BATCH_SIZE, _BATCH_BYTES = {"cpu": 32, "cuda": 128}, {"cpu": 16 << 20, "cuda": 512 << 20}
-# What the process takes beside tensors once it runs: stacks of threads, code that is compiled at first use.
-_RESERVE_BYTES = {"cpu": 16 << 20}
+# What the process takes beside tensors once it runs: stacks of threads, code, what is left of pieces given back.
+_RESERVE_BYTES = {"cpu": 24 << 20}
 # Of a GPU's memory, what is free once a process with torch is there.
 _CARD_SHARE = 0.95
 # Options that say how a run goes about it, and nothing about what it finds.
