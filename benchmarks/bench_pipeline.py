@@ -1,21 +1,36 @@
-"""What capturing costs: every auto layer of AlexNet into its store, beside the bare forward pass."""
+"""What capturing costs, from tensors and from files, beside the bare forward pass; and how it grows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torchvision
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms._presets import ImageClassification
 
+from gpuclust import analyze
 from gpuclust.arithmetic import full_precision
-from gpuclust.capture.layers import choose_layers, find_layers
+from gpuclust.capture.images import open_images
+from gpuclust.capture.layers import Layer, choose_layers, find_layers
+from gpuclust.capture.models import Network
+from gpuclust.capture.passes import Passes
+from gpuclust.capture.pixels import Pixels
 from gpuclust.capture.store import LayerStore
 from gpuclust.capture.stream import ActivationStream
+from gpuclust.prepare import usual_batch
 
 IMAGES = 256
 BATCH = {"cpu": 32, "cuda": 128}
 ROUNDS = 9
+# Images of a pass over files, and how often it is timed.
+PICTURES, FILE_ROUNDS = 96, 5
 LEAST_RATIO = 0.85  # of images/s, on the CPU
 
 
@@ -55,3 +70,89 @@ def test_alexnet(device: torch.device, in_turn: Callable, record: Callable) -> N
     if device.type == "cpu":
         ratio = min(row["ratio"], row["ratio_of_medians"])
         assert ratio >= LEAST_RATIO, f"capturing reaches {ratio:.3f} of the bare forward pass's images/s"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of PNGs as a camera makes them: 4 x `PICTURES` of 320 x 256 pixels, smooth with some noise."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for label, name in enumerate(("a", "b")):
+        (root / name).mkdir()
+        for index in range(2 * PICTURES):
+            small = rng.integers(0, 255, (8, 10, 3), dtype=np.uint8)
+            picture = Image.fromarray(small).resize((320, 256), Image.Resampling.BICUBIC)
+            noise = rng.integers(-8, 8, (256, 320, 3)) + 20 * label
+            pixels = np.clip(np.asarray(picture, np.int16) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index:04d}.jpg", quality=90)
+    return root
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18", "vgg16"])
+@pytest.mark.parametrize("kept", [False, True], ids=["decoded", "kept"])
+def test_a_pass_over_files(
+    name: str, kept: bool, pictures: Path, device: torch.device, in_turn: Callable, record: Callable
+) -> None:
+    """From files (or images kept as bytes by a pass before) to rows in their stores, beside the bare forward pass."""
+    torch.manual_seed(0)
+    network = getattr(torchvision.models, name)(weights=None).eval().to(device)
+    images = open_images(pictures, per_class=PICTURES // 2)
+    example = torch.zeros(1, 3, 224, 224, device=device)
+    found = find_layers(network, example)
+    layers = [layer for layer in found if layer.auto]
+    batch_size = usual_batch(device, max(layer.values for layer in found))
+    pixels = Pixels(
+        images,
+        ImageClassification(crop_size=224),
+        batch_size,
+        device=device,
+        dtype=torch.float32,
+        workers=None,
+        keep=kept,
+    )
+    passes = Passes(Network(name, network, None, None, {}), pixels, 0)
+    stores: dict[str, LayerStore] = {}
+
+    def write(layer: Layer, _: int, activation: Tensor) -> None:
+        stores[layer.name].append(activation)
+
+    def capture() -> None:
+        stores.clear()
+        stores.update(
+            {layer.name: LayerStore(PICTURES, layer.values, torch.float32, device, name=layer.name) for layer in layers}
+        )
+        for _ in passes.again(layers, write) if kept else passes.first(layers, write):
+            pass
+
+    inputs = [batch for _, batch, _ in pixels.first()]
+
+    def bare() -> None:
+        with torch.no_grad(), full_precision(device):
+            for batch in inputs:
+                network(batch)
+
+    capture_s, bare_s = in_turn(capture, bare, FILE_ROUNDS, warmup=1)
+    case = f"{name} auto, {PICTURES} JPEGs of 320 x 256, float32, batch {batch_size}"
+    what = "pass over images kept as bytes" if kept else "pass over files"
+    record(case, "bare forward pass", bare_s, images_per_s=PICTURES / median(bare_s))
+    record(case, what, capture_s, bare_s, beside="bare forward pass", images_per_s=PICTURES / median(capture_s))
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_cost_grows_with_the_images(
+    times: int, pictures: Path, device: torch.device, in_turn: Callable, record: Callable
+) -> None:
+    """Whole runs of 1x, 2x and 4x images: seconds, and what the process holds beside the rows."""
+    torch.manual_seed(0)
+    network = torchvision.models.alexnet(weights=None).eval()
+    options: dict[str, Any] = {"layers": "conv3,conv5,fc6", "device": str(device), "per_class": times * PICTURES // 2}
+
+    def run() -> None:
+        analyze((network, ImageClassification(crop_size=224)), pictures, **options)
+
+    run_s, _ = in_turn(run, lambda: None, 3, warmup=0)
+    record(
+        f"AlexNet conv3, conv5, fc6, {times * PICTURES} JPEGs",
+        "run",
+        run_s,
+        images_per_s=times * PICTURES / median(run_s),
+    )
