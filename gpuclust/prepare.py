@@ -42,7 +42,7 @@ from gpuclust.identity import of_network, of_software
 # rounding depends on it, so it is part of the result: memory never changes it.
 BATCH_SIZE, _BATCH_BYTES = {"cpu": 32, "cuda": 128}, {"cpu": 16 << 20, "cuda": 512 << 20}
 # What the process takes beside tensors once it runs: stacks of threads, code, what is left of pieces given back.
-_RESERVE_BYTES = {"cpu": 24 << 20}
+_RESERVE_BYTES = {"cpu": 28 << 20}
 # Of a GPU's memory, what is free once a process with torch is there.
 _CARD_SHARE = 0.95
 # Options that say how a run goes about it, and nothing about what it finds.
