@@ -120,8 +120,8 @@ def test_dataset_is_balanced_and_names_its_classes():
     assert len({picture.tobytes() for picture, _ in dataset}) == 1000
     assert sum(1 for _ in dataset) == 1000
     catalog = read_dataset(dataset)
-    assert tuple(catalog.keys) == CLASSES
-    assert {len(keys) for keys in catalog.keys.values()} == {100}
+    assert tuple(catalog.counts) == CLASSES
+    assert set(catalog.counts.values()) == {100}
 
 
 def test_images_are_the_test_sets_first():
