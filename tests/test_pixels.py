@@ -214,13 +214,16 @@ def test_pictures_and_tensors_in_one_data_set_are_refused():
         list(make(source, SPLIT).first())
 
 
-def test_a_pass_that_is_given_up_leaves_nothing_and_can_be_begun_again(folder):
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_pass_that_is_given_up_leaves_nothing_and_can_be_begun_again(folder, keep):
     given = make(images(folder), SPLIT, 4, workers=2, keep=True)
     first = given.first()
     next(first)
     first.close()
     assert given.n == 0
+    given.keep = keep
     _, inputs, _ = all_of(given.first())
+    assert (given.kept_bytes > 0) == keep
     assert torch.equal(torch.cat(inputs), torch.cat([some for *_, some in given.again()]))
 
 

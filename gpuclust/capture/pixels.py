@@ -86,6 +86,8 @@ class Pixels:
         What is kept is written as the batches come; `again` may be called after the last.
         """
         self.n, self._keys = 0, []
+        if not self.keep:
+            self._kept = None  # of a first pass that was given up
         known: deque[Batch] = deque()  # of the batches that are on their way
         start = 0
         with closing(self._arrived(_told_apart(self._groups(), known))) as batches:
