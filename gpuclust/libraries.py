@@ -29,10 +29,10 @@ def touch_code() -> None:
     from gpuclust.cluster import KMeans
     from gpuclust.compare.similarity import geometry
 
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 4))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        network.eval()(torch.rand(2, 3, 4, 4))
+        layers = nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 4)
+        nn.Sequential(*layers).eval()(torch.rand(2, 3, 4, 4))
         rows = torch.rand(64, 512)
     for solver in ("dual", "primal"):
         labels = KMeans(3, n_init=2, random_state=0, solver=solver).fit(rows).labels_

@@ -58,8 +58,8 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
             self._left.end()
-            self._remove("rows")
             if "layers" in self._lines:
+                self._remove("rows")
                 (task,) = (task for task in self._bar.tasks if task.id == self._lines["layers"])
                 self._bar.update(task.id, description="layers", completed=task.total)
         self._draw(ended=kind is None)

@@ -341,6 +341,7 @@ def test_a_layer_whose_fit_ran_out_of_memory_has_a_note_and_the_same_clusters(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = gpuclust.analyze(model(), folder, layers="conv1", solver="primal")
+    monkeypatch.setattr("gpuclust.analysis.touch_code", lambda: None)
     assign, calls = TorchBackend.assign, list[int]()
 
     def scarce(self: TorchBackend, *arguments: Any) -> Any:

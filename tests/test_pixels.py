@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from cases_images import transform as whole
 from PIL import Image
 from torch.utils.data import TensorDataset
 from torchvision import transforms as v1
+from torchvision.transforms._presets import ImageClassification
 
 from gpuclust.capture import loader, pixels
 from gpuclust.capture.images import open_images
@@ -37,6 +40,11 @@ def images(folder):
 
 def make(source, transform, batch_size=7, *, dtype=torch.float32, workers=0, keep=False, device=CPU):
     return Pixels(source, transform, batch_size, device=device, dtype=dtype, workers=workers, keep=keep)
+
+
+def resident_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
 
 
 def all_of(first):
@@ -206,13 +214,16 @@ def test_pictures_and_tensors_in_one_data_set_are_refused():
         list(make(source, SPLIT).first())
 
 
-def test_a_pass_that_is_given_up_leaves_nothing_and_can_be_begun_again(folder):
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_pass_that_is_given_up_leaves_nothing_and_can_be_begun_again(folder, keep):
     given = make(images(folder), SPLIT, 4, workers=2, keep=True)
     first = given.first()
     next(first)
     first.close()
     assert given.n == 0
+    given.keep = keep
     _, inputs, _ = all_of(given.first())
+    assert (given.kept_bytes > 0) == keep
     assert torch.equal(torch.cat(inputs), torch.cat([some for *_, some in given.again()]))
 
 
@@ -236,3 +247,22 @@ def test_a_split_is_what_workers_get(folder):
     given = make(images(folder), SPLIT)
     assert isinstance(given._transform, ByteTransform)
     assert pixels.pixel_bytes(images(folder), SPLIT, torch.empty(1, 3, 8, 9)) == 216
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is read where Linux tells it")
+@pytest.mark.parametrize("split", [True, False])
+def test_host_memory_stays_flat(tmp_path, split):
+    """The process of a run holds two batches, however many there are."""
+    write_images(tmp_path, {"cat": 64, "dog": 64})
+    preset = ImageClassification(crop_size=224)
+    given = make(open_images(tmp_path), preset if split else lambda picture: preset(picture), 16, workers=2)
+    batch_bytes = 16 * 3 * 224 * 224 * 4
+    for item in given.first():
+        del item
+    held = resident_bytes()
+    for _ in range(5):
+        peak = 0
+        for item in given.again():
+            peak = max(peak, resident_bytes())
+            del item
+    assert 0.9 * batch_bytes < peak - held < 2.2 * batch_bytes

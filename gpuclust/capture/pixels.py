@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -76,12 +78,13 @@ class Pixels:
         self.device, self.dtype = device, dtype
         self.n = 0
         self._transform, self._sent = _transport(images, transform)
+        split = self._transform if isinstance(self._transform, ByteTransform) else None
+        self._look_up = split.look_up(device, dtype) if split else None
         # A CPU's cores are the network's or the decoders': nothing is won by a thread and two more batches of memory.
         self._staged = device.type == "cuda"
         self._kept: Tensor | None = None
         self._keys = Keys()
         self._shape: tuple[int, ...] = ()
-        self._values: Tensor | None = None
 
     @property
     def kept_bytes(self) -> int:
@@ -93,6 +96,8 @@ class Pixels:
         What is kept is written as the batches come; `again` may be called after the last.
         """
         self.n, self._keys = 0, Keys()
+        if not self.keep:
+            self._kept = None  # of a first pass that was given up
         known: deque[Batch] = deque()  # of the batches that are on their way
         start = 0
         with closing(self._arrived(_told_apart(self._groups(), known))) as batches:
@@ -161,14 +166,12 @@ class Pixels:
 
     def _input(self, parts: list[Tensor]) -> Tensor:
         """The network's input from its parts on the device."""
-        images = torch.empty(sum(map(len, parts)), *self._shape, dtype=self.dtype, device=self.device)
+        images = _fresh((sum(map(len, parts)), *self._shape), self.dtype, self.device)
         for part, out in zip(parts, images.split([len(part) for part in parts]), strict=True):
-            if isinstance(self._transform, ByteTransform):
-                if self._values is None:
-                    self._values = self._transform.values.to(self.device, self.dtype)
-                self._transform.apply(part, out, self._values)
-            else:
+            if self._look_up is None:
                 out.copy_(part)
+            else:
+                self._look_up(part, out)
         return images
 
 
@@ -176,6 +179,17 @@ def _transport(images: Pictured, transform: Transform | None) -> tuple[Transform
     """What workers do to each image, and the type of what they send."""
     split = as_bytes(transform) if images.holds_pictures() else None
     return (transform, torch.float32) if split is None else (split, torch.uint8)
+
+
+def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for one input.
+
+    In host memory it is mapped, and so given back when the input goes. Where the C library hands out aligned memory
+    (glibc 2.36), a hole of an input's size is too small for the next one, and every batch would leave one behind.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def _told_apart(groups: Generator[list[Batch], None, None], known: deque[Batch]) -> Generator[list[Tensor], None, None]:

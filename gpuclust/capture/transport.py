@@ -50,16 +50,28 @@ class ByteTransform:
     def __call__(self, picture: Image.Image) -> Tensor:
         return _bytes(self.steps, picture)
 
-    def apply(self, images: Tensor, out: Tensor, values: Tensor | None = None) -> None:
-        """Write what the whole transform gives for `images` ``(b, c, h, w)`` uint8 into `out`, both contiguous.
+    def look_up(self, device: torch.device, dtype: torch.dtype) -> LookUp:
+        """What gives the bits of the whole transform on a device, rounded to `dtype`."""
+        return LookUp(self.values.to(device, dtype))
 
-        `values` are the transform's on the device of both, of the type of `out`.
-        """
-        values = self.values.to(out.device, out.dtype) if values is None else values
-        offsets = 256 * torch.arange(len(values), device=out.device).view(-1, 1, 1)
+
+class LookUp:
+    """The values of bytes, on the device and of the type of `values` ``(c, 256)``."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._offsets = 256 * torch.arange(len(values), device=values.device).view(-1, 1, 1)
+        self._places = torch.empty(0, dtype=torch.int64, device=values.device)
+
+    def __call__(self, images: Tensor, out: Tensor) -> None:
+        """Write the values of `images` ``(b, c, h, w)`` uint8 into `out`; both are contiguous."""
+        # No step makes a tensor of its own: their holes in memory would add up over the batches of a pass.
         group = max(1, _LOOK_UP.get(out.device.type, 1 << 21) // images[0].numel())
+        if self._places.shape[1:] != images.shape[1:] or len(self._places) < min(group, len(images)):
+            self._places = self._places.new_empty(min(group, len(images)), *images.shape[1:])
         for some, into in zip(images.split(group), out.split(group), strict=True):
-            torch.take(values, some.long().add_(offsets), out=into)
+            places = self._places[: len(some)].copy_(some).add_(self._offsets)
+            torch.take(self.values, places, out=into)
 
 
 def as_bytes(transform: Transform | None) -> ByteTransform | None:
@@ -156,5 +168,5 @@ def _same(transform: Transform, split: ByteTransform, size: tuple[int, int]) -> 
     with seeded(0):
         images = split(picture)[None]
     found = torch.empty(images.shape)
-    split.apply(images, found)
+    split.look_up(found.device, found.dtype)(images, found)
     return torch.equal(found[0], expected)

@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import IO, Any, overload
 
 from gpuclust.errors import GpuclustError
@@ -24,6 +25,7 @@ class Thumbs(Sequence[bytes]):
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self._folder = folder
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when nothing needs it any more
         self._begin(file, 0, array("q"))
 
@@ -31,12 +33,13 @@ class Thumbs(Sequence[bytes]):
     def inside(cls, file: IO[bytes], start: int, ends: array[int]) -> Thumbs:
         """Pictures that are in a file already: from `start` on, each up to its end, which is counted from there."""
         thumbs = cls.__new__(cls)
+        thumbs._folder = None
         thumbs._begin(file, start, ends)
         return thumbs
 
     def _begin(self, file: IO[bytes], start: int, ends: array[int]) -> None:
         self._file, self._start, self._ends = file, start, ends
-        weakref.finalize(self, file.close)
+        weakref.finalize(self, _close, file)
 
     def extend(self, pictures: Iterable[bytes]) -> None:
         """Add pictures after those that are there.
@@ -55,7 +58,8 @@ class Thumbs(Sequence[bytes]):
                 self._ends.append(end)
             self._file.flush()
         except OSError as error:
-            raise GpuclustError(f"cannot keep the thumbnails of the images: {error.strerror or error}") from error
+            where = self._folder or tempfile.gettempdir()
+            raise GpuclustError(f"cannot write into {str(where)!r}: {error.strerror or error} (thumbnails)") from error
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -81,3 +85,8 @@ class Thumbs(Sequence[bytes]):
 
     def __reduce__(self) -> Any:  # a copy, or what another process gets, holds the pictures in memory
         return tuple, (list(self),)
+
+
+def _close(file: IO[bytes]) -> None:
+    with suppress(OSError):  # what a full disk left unwritten
+        file.close()
