@@ -3,6 +3,7 @@ nothing of some 200 MB comes in mid-run, and a package that is broken says so be
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -21,8 +22,9 @@ def load_libraries() -> None:
         import_module(name)
 
 
+@cache
 def touch_code() -> None:
-    """Take each step of a run once on the CPU, with next to no data, so that the libraries' code is in memory.
+    """Take each step of a run once in a process, on the CPU, with next to no data, so that the libraries' code is in memory.
 
     A process's memory counts the code that it has run, some 40 MB here, and a limit on memory counts it too.
     """

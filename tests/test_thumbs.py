@@ -51,7 +51,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(thumbs, "_file", Full())
-    with pytest.raises(GpuclustError, match=r"^cannot keep the thumbnails of the images: No space left on device$"):
+    with pytest.raises(GpuclustError, match=r"^cannot write into '.*': No space left on device \(thumbnails\)$"):
         thumbs.extend(PICTURES)
 
 
