@@ -24,9 +24,10 @@ def load_libraries() -> None:
 
 @cache
 def touch_code() -> None:
-    """Take each step of a run once in a process, on the CPU, with next to no data, so that the libraries' code is in memory.
+    """Take each step of a run once in a process, on the CPU, with next to no data.
 
-    A process's memory counts the code that it has run, some 40 MB here, and a limit on memory counts it too.
+    A process's memory counts the code that it has run, some 40 MB here, and a limit on memory counts it too: this way
+    it is there before the network.
     """
     from gpuclust.cluster import KMeans
     from gpuclust.compare.similarity import geometry
