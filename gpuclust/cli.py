@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gpuclust import __version__
-from gpuclust.config import ALGORITHMS, BACKENDS, DEVICES, DTYPES, INITS, METRICS, PRECISIONS, SOLVERS, parse_bytes
+from gpuclust.config import (
+    ALGORITHMS,
+    BACKENDS,
+    DECODERS,
+    DEVICES,
+    DTYPES,
+    INITS,
+    METRICS,
+    PRECISIONS,
+    SOLVERS,
+    parse_bytes,
+)
 from gpuclust.errors import GpuclustError, InputError
 
 if TYPE_CHECKING:
@@ -119,6 +130,9 @@ NInit = Annotated[int, typer.Option(metavar="N", help="Restarts of k-means, of w
 MaxIter = Annotated[int, typer.Option(metavar="N", help="Iterations of one restart at most.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of the choice of images, the clusters and random weights.")]
 OnBadImage = Annotated[str, typer.Option(metavar="skip|fail", help="What to do with an image that cannot be read.")]
+Decoder = Annotated[
+    str, typer.Option(metavar="|".join(DECODERS), help="What reads JPEG files; torchcodec's pixels differ a little.")
+]
 MaxPixels = Annotated[int, typer.Option(metavar="N", help="An image of more pixels is a bad image.")]
 Reduce = Annotated[
     list[str],
@@ -169,6 +183,7 @@ def run(
     seed: Seed = 0,
     on_bad_image: OnBadImage = "skip",
     max_pixels: MaxPixels = 100_000_000,
+    decoder: Decoder = "pillow",
     reduce: Reduce = [],  # noqa: B006
     spill: Spill = None,
     profile: Annotated[

@@ -22,6 +22,7 @@ METRICS = ("euclidean", "cosine")
 BACKENDS = ("auto", "cupy", "triton", "cuml", "torch")
 SOLVERS = ("auto", "primal", "dual")
 PRECISIONS = ("exact", "fast")
+DECODERS = ("pillow", "torchcodec")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Options:
     max_pixels: int = 100_000_000
     spill: str | None = None
     reduce: tuple[str, ...] = ()
+    decoder: str = "pillow"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -57,6 +59,7 @@ class Options:
             ("precision", PRECISIONS),
             ("dtype", DTYPES),
             ("on_bad_image", ("skip", "fail")),
+            ("decoder", DECODERS),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}")

@@ -26,6 +26,7 @@ _DISTRIBUTIONS = {
     "pandas": ("pandas",),
     "pillow": ("pillow",),
     "timm": ("timm",),
+    "torchcodec": ("torchcodec",),
     "triton": ("triton",),
     "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
     "cuml": ("cuml-cu13", "cuml-cu12", "cuml"),

@@ -29,11 +29,11 @@ _TELLING = ("__main__.py", "bench", "cli.py", "demo", "doctor.py", "progress.py"
 _COMPARED = ("torch", "torchvision")  # packages whose code is known by their version
 
 
-def of_software(device: torch.device) -> dict[str, str]:
+def of_software(device: torch.device, decoder: str) -> dict[str, str]:
     """Versions, and a hash of gpuclust's own code, which may change in a checkout while its version does not."""
     found = versions()
     return {
-        **{name: found[name] for name in _PACKAGES if name in found},
+        **{name: found[name] for name in (*_PACKAGES, decoder) if name in found},
         "torch": torch.__version__,  # says for which device it was built
         "code": code_hash(),
         "python": ".".join(platform.python_version_tuple()[:2]),

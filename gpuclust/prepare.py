@@ -238,7 +238,7 @@ class Setup:
         settings = {name: value for name, value in self.options().items() if name not in _INDIFFERENT}
         cuda = self.device.type == "cuda"
         return {
-            **of_software(self.device),
+            **of_software(self.device, self.settings.decoder),
             **settings,
             "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             "layers": [layer.name for layer in self.layers],
@@ -401,6 +401,7 @@ def find_images(data: Any, settings: Options) -> ImageSource:
         seed=settings.seed,
         on_bad_image=settings.on_bad_image,
         max_pixels=settings.max_pixels,
+        decoder=settings.decoder,
     )
 
 

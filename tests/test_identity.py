@@ -109,6 +109,6 @@ def test_processes_agree() -> None:
 
 
 def test_versions_are_those_of_what_computes() -> None:
-    found = of_software(torch.device("cpu"))
+    found = of_software(torch.device("cpu"), "pillow")
     assert found["torch"] == torch.__version__
     assert {"gpuclust", "pillow", "torchvision", "numpy", "code", "python", "cpu"} <= set(found)

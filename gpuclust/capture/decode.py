@@ -8,7 +8,8 @@ import os
 import stat
 import struct
 import zlib
-from typing import IO
+from collections.abc import Callable
+from typing import IO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
@@ -47,14 +48,27 @@ _TURNS = {
 }
 
 
+T = TypeVar("T")
+
+
 class BadImage(Exception):
     """An image that cannot be used; the message is the reason in plain words."""
 
 
-def decode_file(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
+def decode_file(
+    path: str | os.PathLike[str], max_pixels: int, jpeg: Callable[[bytes, int], T] | None = None
+) -> Image.Image | T:
     """The picture in a file: first frame, upright by its EXIF orientation, on white where transparent, mode RGB.
 
     The format is found from the content. Colour profiles are not applied (as torchvision doesn't).
+
+    Parameters
+    ----------
+    path : path
+    max_pixels : int
+    jpeg : callable, optional
+        Takes the bytes and the EXIF orientation of a JPEG file in grey or RGB, and its result is returned; Pillow
+        decodes all others.
 
     Raises
     ------
@@ -76,12 +90,30 @@ def decode_file(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
                 raise BadImage(f"{width} x {height} pixels, more than the {max_pixels:,} that max_pixels allows")
             if max(image.size) > MOST_ASPECT * min(image.size):
                 raise BadImage(f"{width} x {height} pixels: one side is more than {MOST_ASPECT} times the other")
+            if jpeg and image.format == "JPEG" and image.mode in ("L", "RGB"):
+                turn = orientation(image)
+                file.seek(0)
+                return jpeg(_whole_jpeg(file.read()), turn)
             image.load()
-            return to_rgb(_upright(image))
+            return to_rgb(upright(image, orientation(image)))
     except BROKEN as error:
         if isinstance(error, OSError) and error.errno in _MACHINE:
             raise
-        raise BadImage(_words(error)) from error
+        raise BadImage(words(error)) from error
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 (as it is stored) where there is none that can be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except BROKEN:  # the pixels are whole: viewers show such a picture as it is stored
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """The picture as it is meant to be seen."""
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -146,17 +178,15 @@ def _identify(file: IO[bytes]) -> ImageFile.ImageFile:
             try:
                 return factory(file, "")
             except (SyntaxError, LookupError, TypeError, struct.error) as error:
-                reasons.append(f"broken {name} header: {_words(error)}")
+                reasons.append(f"broken {name} header: {words(error)}")
     raise BadImage("; ".join(reasons) or f"not an image: its first bytes are none of {', '.join(FORMATS)}")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except BROKEN:  # the pixels are whole: viewers show such a picture as it is stored
-        return image
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+def _whole_jpeg(data: bytes) -> bytes:
+    """The file's bytes, if its last scan has an end. Scans hold no such marks but as marks."""
+    if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise BadImage(f"image file is truncated: its {len(data):,} bytes end within a scan")
+    return data
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -190,7 +220,7 @@ def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.rint((values.astype(np.float64) - low) * scale).astype(np.uint8)
 
 
-def _words(error: BaseException) -> str:
+def words(error: BaseException) -> str:
     """What an error says, in one line and without the path."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gpuclust.capture.batches import Batch, grouped, joined, unchanged
 from gpuclust.capture.catalog import Catalog, read_folder, shown
+from gpuclust.capture.codec import require_torchcodec
 from gpuclust.capture.datasets import open_torchvision, read_dataset
 from gpuclust.capture.decode import BadImage
 from gpuclust.capture.keys import Keys, SeededOrder
@@ -42,6 +43,8 @@ from gpuclust.capture.loader import (
 )
 from gpuclust.capture.manifest import read_manifest
 from gpuclust.capture.models import call_object
+from gpuclust.capture.transport import ByteTransform
+from gpuclust.config import DECODERS
 from gpuclust.errors import InputError
 
 DATA = (
@@ -68,6 +71,7 @@ def open_images(
     seed: int = 0,
     on_bad_image: str = "skip",
     max_pixels: int = 100_000_000,
+    decoder: str = "pillow",
 ) -> ImageSource:
     """Find the images of `data`, and choose classes and images. Nothing is decoded yet.
 
@@ -90,19 +94,29 @@ def open_images(
         ``skip`` replaces a bad image by the next of its class in that order and lists it; ``fail`` raises.
     max_pixels
         An image of more pixels is a bad image; known from the header, before it is decoded.
+    decoder
+        What decodes JPEG files: ``pillow``, or ``torchcodec``, whose pixels differ a little. Others are Pillow's.
 
     Raises
     ------
     InputError
         If `data` is none of these, isn't there, has fewer than two classes or an empty one, if a class is unknown, or
-        if a class has fewer images than `per_class`.
+        if a class has fewer images than `per_class`, or if a decoder is asked for that a data set has no use for.
+    UnavailableError
+        If torchcodec is asked for and cannot be used here.
     """
     if on_bad_image not in ("skip", "fail"):
         raise InputError(f"on_bad_image is skip or fail; got {on_bad_image!r}")
     for name, value in (("class_level", class_level), ("per_class", per_class), ("max_pixels", max_pixels)):
         if value is not None and value < 1:
             raise InputError(f"{name} is at least 1; got {value}")
+    if decoder not in DECODERS:
+        raise InputError(f"decoder is one of {', '.join(DECODERS)}; got {decoder!r}")
+    if decoder == "torchcodec":
+        require_torchcodec()
     catalog = _read(data, class_level)
+    if decoder != "pillow" and catalog.dataset is not None:
+        raise InputError(f"decoder {decoder} is for image files; {catalog.data} gives its images decoded")
     if on_bad_image == "fail" and catalog.unlabelled:
         key, reason = catalog.unlabelled[0]
         raise InputError(f"item {key} of {catalog.data} is bad: {reason} (on_bad_image is fail)")
@@ -120,6 +134,7 @@ def open_images(
         seed=seed,
         on_bad_image=on_bad_image,
         max_pixels=max_pixels,
+        decoder=decoder,
     )
 
 
@@ -154,13 +169,14 @@ class ImageSource:
         seed: int = 0,
         on_bad_image: str = "skip",
         max_pixels: int = 100_000_000,
+        decoder: str = "pillow",
     ) -> None:
         self.classes = tuple(names)
         self.class_paths = tuple(catalog.parts[name] for name in names)
         self.available = {name: catalog.counts[name] for name in names}
         self.per_class = per_class
         self.n = len(names) * per_class
-        self.seed, self.on_bad_image, self.max_pixels = seed, on_bad_image, max_pixels
+        self.seed, self.on_bad_image, self.max_pixels, self.decoder = seed, on_bad_image, max_pixels, decoder
         self.skipped: list[Skipped] = []
         self.replaced = 0
         self._catalog = catalog
@@ -192,14 +208,21 @@ class ImageSource:
         return joined(self.groups(transform, batch_size, workers))
 
     def groups(
-        self, transform: Transform | None, batch_size: int, workers: int | None = None
+        self,
+        transform: Transform | None,
+        batch_size: int,
+        workers: int | None = None,
+        device: torch.device | None = None,
     ) -> Generator[list[Batch], None, None]:
-        """One pass as `batches`, each batch in the parts in which it came, so that nothing need be copied."""
+        """One pass as `batches`, each batch in the parts in which it came, so that nothing need be copied.
+
+        With a device, where `decodes_on` it, images come there: JPEG files are decoded and scaled on it.
+        """
         if batch_size < 1 or (workers is not None and workers < 0):
             raise InputError(f"batch_size is at least 1 and workers at least 0; got {batch_size} and {workers}")
         if transform is None and self._catalog.dataset is None:
             raise InputError("image files need a transform: PIL image -> tensor (c, h, w); none is given")
-        return grouped(self._pass(transform, min(CHUNK, batch_size), workers), batch_size)
+        return grouped(self._pass(transform, min(CHUNK, batch_size), workers, device), batch_size)
 
     def again(
         self,
@@ -208,20 +231,21 @@ class ImageSource:
         transform: Transform | None,
         batch_size: int,
         workers: int | None = None,
+        device: torch.device | None = None,
     ) -> Generator[list[Tensor], None, None]:
-        """Images that were delivered before, in batches: the parts of each, ``(b, *shape)``.
+        """Images that were delivered before, in batches: the parts of each, ``(b, *shape)``; `device` as in `groups`.
 
         Raises
         ------
         InputError
             If one cannot be read any more, or has another shape.
         """
-        reader, size = self._reader(), min(CHUNK, batch_size)
+        reader, size = self._reader(later=device is not None), min(CHUNK, batch_size)
         count = default_workers(len(keys)) if workers is None else workers if len(keys) >= FEW_IMAGES else 0
         if cannot_be_sent(reader, transform):
             count = 0
         chunks = Chunks(reader, transform, list(keys), size, self.seed, shape)
-        with closing(grouped(unchanged(load_chunks(chunks, count), keys), batch_size)) as groups:
+        with closing(grouped(unchanged(load_chunks(chunks, count, device), keys), batch_size)) as groups:
             for parts in groups:
                 yield [part.images for part in parts]
                 del parts
@@ -243,7 +267,13 @@ class ImageSource:
             "skipped": [{"path": s.path, "class": s.class_name, "reason": s.reason} for s in self.skipped],
             "ignored_files": self._catalog.ignored,
             "workers": self._workers,
+            "decoder": self.decoder,
         }
+
+    def decodes_on(self, device: torch.device, transform: Transform | None) -> bool:
+        """Whether JPEG files are decoded on a GPU: torchcodec was asked for, and the transform's steps take tensors."""
+        wanted = self.decoder == "torchcodec" and device.type == "cuda"
+        return wanted and isinstance(transform, ByteTransform) and transform.takes_tensors()
 
     def holds_pictures(self) -> bool:
         """Whether the images need a transform: all but a data set's tensors, of which one item is read."""
@@ -300,11 +330,11 @@ class ImageSource:
             return image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return image.tobytes()
 
-    def _reader(self) -> Reader:
+    def _reader(self, later: bool = False) -> Reader:
         if self._catalog.dataset is not None:
             return DatasetReader(self._catalog.dataset)
         assert self._catalog.root is not None
-        return FileReader(self._catalog.root, self.max_pixels)
+        return FileReader(self._catalog.root, self.max_pixels, "later" if later else self.decoder)
 
     def _reset(self) -> None:
         self.skipped[:] = [Skipped(key, "", reason) for key, reason in self._catalog.unlabelled]
@@ -312,10 +342,12 @@ class ImageSource:
         self._delivered = [0] * len(self.classes)
         self._bad = [0] * len(self.classes)
 
-    def _pass(self, transform: Transform | None, size: int, workers: int | None) -> Generator[Batch, None, None]:
+    def _pass(
+        self, transform: Transform | None, size: int, workers: int | None, device: torch.device | None
+    ) -> Generator[Batch, None, None]:
         """All images in batches of any size: the chosen ones, then rounds of replacements until none is missing."""
         self._reset()
-        reader = self._reader()
+        reader = self._reader(later=device is not None)
         unsendable = cannot_be_sent(reader, transform)
         count = 0 if unsendable else default_workers(self.n) if workers is None else workers
         self._workers = f"0, since they cannot be sent to another process: {unsendable}" if unsendable else str(count)
@@ -325,7 +357,8 @@ class ImageSource:
         while jobs:
             missing = [0] * len(self.classes)
             chunks = Chunks(reader, transform, jobs, size, self.seed)  # type: ignore[arg-type]
-            with closing(load_chunks(chunks, count if first_round or len(jobs) >= FEW_IMAGES else 0)) as loaded:
+            processes = count if first_round or len(jobs) >= FEW_IMAGES else 0
+            with closing(load_chunks(chunks, processes, device)) as loaded:
                 for chunk in loaded:
                     for position, reason in chunk.bad:
                         self._skip(jobs.label(position), jobs[position], reason)

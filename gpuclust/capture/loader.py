@@ -10,9 +10,9 @@ import random
 import re
 import signal
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gpuclust.capture.decode import BadImage, decode_file, encode_thumbnail, to_rgb
+from gpuclust.capture.codec import Encoded, decode_here, decode_on, keep_encoded
+from gpuclust.capture.decode import BROKEN, BadImage, decode_file, encode_thumbnail, to_rgb, words
 from gpuclust.capture.transport import ByteTransform, Transform
 from gpuclust.errors import GpuclustError, InputError
 
@@ -32,21 +33,23 @@ CHUNK = 16
 
 
 class Reader(Protocol):
-    """Where the image of a key comes from: an RGB picture, or a tensor that is ready for the network."""
+    """Where the image of a key comes from: an RGB picture or its file, or a tensor that is ready for the network."""
 
-    def read(self, key: str) -> Image.Image | Tensor:
+    def read(self, key: str) -> Image.Image | Encoded | Tensor:
         """The image, or `BadImage`."""
 
 
 @dataclass(frozen=True)
 class FileReader:
-    """Keys are paths relative to `root`."""
+    """Keys are paths relative to `root`; `decoder` is one of `DECODERS`, or ``later`` to leave JPEG files encoded."""
 
     root: Path
     max_pixels: int
+    decoder: str = "pillow"
 
-    def read(self, key: str) -> Image.Image:
-        return decode_file(self.root / key, self.max_pixels)
+    def read(self, key: str) -> Image.Image | Encoded:
+        jpeg = {"pillow": None, "torchcodec": decode_here, "later": keep_encoded}[self.decoder]
+        return decode_file(self.root / key, self.max_pixels, jpeg)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Chunk:
         A small JPEG of each row; none if they were not asked for.
     bad : list of (int, str)
         Positions and reasons of the images that can't be used.
+    waiting : list of Tensor and Encoded
+        What the rows of `images` will be made of; `images` is empty then.
     fault : (str, str), optional
         What went wrong in the transform or the data set's types, and its traceback: nothing an image is to blame for.
         It travels as text since not every exception can be pickled.
@@ -93,6 +98,7 @@ class Chunk:
     thumbs: list[bytes]
     bad: list[tuple[int, str]]
     fault: tuple[str, str] | None = None
+    waiting: list[Tensor | Encoded] = field(default_factory=list)
 
 
 class Chunks(Dataset[Chunk]):
@@ -121,7 +127,7 @@ class Chunks(Dataset[Chunk]):
         return -(-len(self.keys) // self.size)
 
     def __getitem__(self, index: int) -> Chunk:
-        images: list[Tensor] = []
+        images: list[Tensor | Encoded] = []
         good: list[int] = []
         thumbs: list[bytes] = []
         bad: list[tuple[int, str]] = []
@@ -131,10 +137,7 @@ class Chunks(Dataset[Chunk]):
             try:
                 with random_from(self.seed, key):
                     image, thumb = self._load(key)
-                if self.shape is not None and image.shape != self.shape:
-                    raise BadImage(f"its shape is {tuple(image.shape)} and was {tuple(self.shape)}")
-                if images and image.shape != images[0].shape:
-                    raise ValueError(shapes_differ(images[0].shape, image.shape))
+                self._check([*images[:1], image])
             except BadImage as error:
                 bad.append((position, str(error)))
                 continue
@@ -144,10 +147,57 @@ class Chunks(Dataset[Chunk]):
             images.append(image)
             good.append(position)
             thumbs += thumb
-        return Chunk(torch.stack(images) if images else torch.empty(0), good, thumbs, bad, fault)
+        ready = [image for image in images if isinstance(image, Tensor)]
+        if len(ready) < len(images):
+            return Chunk(torch.empty(0), good, thumbs, bad, fault, images)
+        return Chunk(torch.stack(ready) if ready else torch.empty(0), good, thumbs, bad, fault)
 
-    def _load(self, key: str) -> tuple[Tensor, list[bytes]]:
+    def finished(self, chunk: Chunk, device: torch.device) -> Chunk:
+        """The chunk with its images on the device, where the files among them are decoded and transformed."""
+        if not chunk.waiting:
+            return replace(chunk, images=chunk.images.to(device))
+        assert isinstance(self.transform, ByteTransform)
+        decoded = iter(decode_on(device, [item for item in chunk.waiting if isinstance(item, Encoded)]))
+        images: list[Tensor] = []
+        good: list[int] = []
+        thumbs: list[bytes] = []
+        bad, fault = list(chunk.bad), chunk.fault
+        for i, (position, item) in enumerate(zip(chunk.good, chunk.waiting, strict=True)):
+            image = next(decoded) if isinstance(item, Encoded) else item.to(device)
+            try:
+                if isinstance(image, str):
+                    raise BadImage(image)
+                if isinstance(item, Encoded):
+                    with random_from(self.seed, self.keys[position]):
+                        image = self.transform.on_tensor(image)
+                self._check([*images[:1], image])
+            except BadImage as error:
+                bad.append((position, str(error)))
+                continue
+            except Exception as error:
+                fault = (f"{self.keys[position]}: {type(error).__name__}: {error}", traceback.format_exc())
+                break
+            images.append(image)
+            good.append(position)
+            thumbs += chunk.thumbs[i : i + 1]
+        whole = torch.stack(images) if images else torch.empty(0, device=device)
+        return Chunk(whole, good, thumbs, sorted(bad), fault)
+
+    def _check(self, images: Sequence[Tensor | Encoded]) -> None:
+        """Raise what is wrong with the shape of the last image; files are not looked at."""
+        shapes = [image.shape for image in images if isinstance(image, Tensor)]
+        if shapes and self.shape is not None and shapes[-1] != self.shape:
+            raise BadImage(f"its shape is {tuple(shapes[-1])} and was {tuple(self.shape)}")
+        if shapes and shapes[-1] != shapes[0]:
+            raise ValueError(shapes_differ(shapes[0], shapes[-1]))
+
+    def _load(self, key: str) -> tuple[Tensor | Encoded, list[bytes]]:
         image = self.reader.read(key)
+        if isinstance(image, Encoded):
+            try:
+                return image, [] if self.shape else [encode_thumbnail(image.small())]
+            except BROKEN as error:
+                raise BadImage(words(error)) from error
         if not isinstance(image, Tensor):
             thumbs = [] if self.shape else [encode_thumbnail(image)]
             if self.transform is None:
@@ -160,8 +210,10 @@ class Chunks(Dataset[Chunk]):
         return tensor, [] if self.shape else [encode_thumbnail(tensor)]
 
 
-def load_chunks(chunks: Chunks, workers: int) -> Generator[Chunk, None, None]:
+def load_chunks(chunks: Chunks, workers: int, device: torch.device | None = None) -> Generator[Chunk, None, None]:
     """The chunks in order, read ahead by `workers` processes (0: by this one). The result doesn't depend on `workers`.
+
+    Files that a reader left encoded are decoded here, on `device`.
 
     Raises
     ------
@@ -183,6 +235,8 @@ def load_chunks(chunks: Chunks, workers: int) -> Generator[Chunk, None, None]:
     iterator = iter(loader)
     try:
         for chunk in iterator:
+            if device is not None:
+                chunk = chunks.finished(chunk, device)
             if chunk.fault:
                 error = InputError(f"image {chunk.fault[0]}")
                 error.add_note(chunk.fault[1])

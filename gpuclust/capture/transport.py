@@ -50,6 +50,22 @@ class ByteTransform:
     def __call__(self, picture: Image.Image) -> Tensor:
         return _bytes(self.steps, picture)
 
+    def on_tensor(self, picture: Tensor) -> Tensor:
+        """The same of a picture as a uint8 tensor ``(3, h, w)``, on its device."""
+        return _bytes([step for step in self.steps if _name(step) not in _BYTES], picture)
+
+    def takes_tensors(self) -> bool:
+        """Whether `on_tensor` gives what the steps give of a picture, up to how scaling rounds."""
+        noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+        try:
+            with seeded(0):
+                expected = self(Image.fromarray(noise))
+            with seeded(0):
+                found = self.on_tensor(torch.from_numpy(noise).permute(2, 0, 1).contiguous())
+        except Exception:  # steps for pictures alone
+            return False
+        return found.shape == expected.shape and float((found.int() - expected.int()).abs().float().mean()) < 2
+
     def look_up(self, device: torch.device, dtype: torch.dtype) -> LookUp:
         """What gives the bits of the whole transform on a device, rounded to `dtype`."""
         return LookUp(self.values.to(device, dtype))
@@ -130,7 +146,7 @@ def _name(step: Any) -> str:
     return kind.__name__ if kind.__module__.startswith(_LIBRARIES) else ""
 
 
-def _bytes(steps: Sequence[Callable[[Any], Any]], picture: Image.Image) -> Tensor:
+def _bytes(steps: Sequence[Callable[[Any], Any]], picture: Image.Image | Tensor) -> Tensor:
     image: Any = picture
     for step in steps:
         image = step(image)
