@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import json
 import os
@@ -57,6 +58,8 @@ class Runs:
 def _serve(data: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         _run(data, f"{folder}/warm", drawn=True)  # imports and fonts, which each run would have to load
+    gc.collect()
+    gc.freeze()  # nor need each collection of garbage look through them
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a run prints is no answer
     for line in sys.stdin:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from gpuclust.capture.batches import Batch
+from gpuclust.free import give_back
 from gpuclust.progress import Progress, _memory, _resident
 from gpuclust.rows import cluster_file
 from gpuclust.timeleft import TimeLeft
@@ -118,6 +119,7 @@ def test_a_gpus_memory_is_what_torch_has_allocated(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_cpus_memory_is_what_the_process_has_more_than_at_first() -> None:
+    give_back(torch.device("cpu"))  # what other tests left behind could go in between
     say = _memory(500_000_000, torch.device("cpu"), _resident())
     held = np.ones(25_000_000)
     used, of, planned, unit = say().split()
