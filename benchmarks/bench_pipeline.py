@@ -74,7 +74,7 @@ def test_alexnet(device: torch.device, in_turn: Callable, record: Callable) -> N
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of PNGs as a camera makes them: 4 x `PICTURES` of 320 x 256 pixels, smooth with some noise."""
+    """Two classes of JPEGs as a camera makes them: 4 x `PICTURES` of 320 x 256 pixels, smooth with some noise."""
     root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for label, name in enumerate(("a", "b")):
         (root / name).mkdir()

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gpuclust.arithmetic import seeded
-from gpuclust.capture.dry import counted_batch, dry_batch
+from gpuclust.capture.dry import counted_batch, decode_seconds, dry_batch
 from gpuclust.capture.images import ImageSource, open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
-from gpuclust.capture.loader import default_workers
+from gpuclust.capture.loader import MAX_WORKERS, default_workers
 from gpuclust.capture.memory import Forward, MemoryPlan, Room
 from gpuclust.capture.models import Network, load_network, with_usual_transform
 from gpuclust.capture.passes import Passes
@@ -159,6 +159,7 @@ class Setup:
             min(self.settings.batch_size or usual_batch(device, self.widest), self.images.n),
             widest=self.widest,
             pixel_bytes=self.forward.pixel_bytes,
+            decode_s=decode_seconds(self.images.holds_pictures(), MAX_WORKERS),
         )
         values = (*module.parameters(), *module.buffers())
         room = replace(
@@ -298,7 +299,9 @@ def prepare(network: Network, images: ImageSource | Imagined, settings: Options)
             name=network.name,
             widest=widest,
             pixel_bytes=pixel_bytes(images, network.transform, example),
-            workers=default_workers(images.n) if settings.workers is None else settings.workers,
+            decode_s=decode_seconds(
+                images.holds_pictures(), default_workers(images.n) if settings.workers is None else settings.workers
+            ),
         )
         room = Room(
             free,

@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpuclust.arithmetic import seeded
 from gpuclust.capture.layers import Layer
-from gpuclust.capture.loader import MAX_WORKERS
 from gpuclust.capture.memory import Forward
+from gpuclust.capture.pixels import staged_bytes
 from gpuclust.capture.stream import ActivationStream
 from gpuclust.errors import users_code
 from gpuclust.free import give_back
 
-# Seconds for reading, decoding and resizing one image of usual size in one process.
-_DECODE_S = 0.012
+# Seconds for reading, decoding and resizing one picture of usual size in one process, and for reading a tensor.
+_PICTURE_S, _TENSOR_S = 0.012, 0.0005
 # Operations per second of convolutions in full float32, as one H100 does them.
 FLOPS = 30e12
 # Where it cannot be measured: a layer's input, its output and a convolution's own workspace.
@@ -36,7 +36,7 @@ def dry_batch(
     name: str,
     widest: int,
     pixel_bytes: int,
-    workers: int,
+    decode_s: float,
     measured: bool = True,
 ) -> Forward:
     """Run the network on a batch of random numbers, twice: the second time is measured.
@@ -53,14 +53,13 @@ def dry_batch(
         Values per image of the network's widest activation.
     pixel_bytes
         Of one image between passes.
-    workers
-        Processes that decode.
+    decode_s
+        Seconds for reading and decoding one image.
     measured
         Whether to run it; else the peak is what the sizes say, and the seconds are 0.
     """
     device, reach = example.device, dict[str, float]()
     images = batch_size * example[0].numel() * example.element_size()
-    decode_s = _DECODE_S / max(1, workers)
     if not measured or not layers:
         peak = _FORWARD_COPIES * batch_size * widest * 4 + images
         return Forward(batch_size, peak, 0.0, reach, pixel_bytes, decode_s)
@@ -87,7 +86,7 @@ def dry_batch(
     give_back(device)
     return Forward(
         batch_size,
-        max(held, images),
+        max(held, images) + staged_bytes(batch_size, pixel_bytes, device.type),
         seconds,
         {layer: at / seconds for layer, at in reach.items()},
         pixel_bytes,
@@ -95,8 +94,20 @@ def dry_batch(
     )
 
 
+def decode_seconds(pictures: bool, workers: int) -> float:
+    """What reading and decoding one image takes with so many processes at it (0: this one): a guess."""
+    return (_PICTURE_S if pictures else _TENSOR_S) / max(1, workers)
+
+
 def counted_batch(
-    module: nn.Module, layers: Sequence[Layer], example: Tensor, batch_size: int, *, widest: int, pixel_bytes: int
+    module: nn.Module,
+    layers: Sequence[Layer],
+    example: Tensor,
+    batch_size: int,
+    *,
+    widest: int,
+    pixel_bytes: int,
+    decode_s: float,
 ) -> Forward:
     """What a batch would take on a GPU that is not there, from the operations of one image and its widest activation.
 
@@ -109,11 +120,11 @@ def counted_batch(
     images = batch_size * example[0].numel() * example.element_size()
     return Forward(
         batch_size,
-        _FORWARD_COPIES * batch_size * widest * 4 + images,
+        _FORWARD_COPIES * batch_size * widest * 4 + images + staged_bytes(batch_size, pixel_bytes, "cuda"),
         batch_size * flops / FLOPS,
         {layer: at / flops for layer, at in reach.items()},
         pixel_bytes,
-        _DECODE_S / MAX_WORKERS,
+        decode_s,
     )
 
 

@@ -14,6 +14,7 @@ from gpuclust.capture.models import Network
 from gpuclust.capture.pixels import Pixels
 from gpuclust.capture.stream import ActivationStream
 from gpuclust.errors import users_code
+from gpuclust.profile import each
 
 Write = Callable[[Layer, int, Tensor], None]
 
@@ -41,7 +42,7 @@ class Passes:
         for each layer, and must copy it before it returns.
         """
         with ActivationStream(self.network.module, layers) as stream, closing(self.pixels.first()) as batches:
-            for index, (start, images, batch) in enumerate(batches):
+            for index, (start, images, batch) in enumerate(each("decode", batches)):
                 if layers:
                     self._forward(stream, index, start, images, write)
                 del images
@@ -52,7 +53,7 @@ class Passes:
     ) -> Generator[range, None, None]:
         """A later pass over all batches, or those of these numbers: yields the numbers of each one's images."""
         with ActivationStream(self.network.module, layers) as stream, closing(self.pixels.again(wanted)) as batches:
-            for index, start, images in batches:
+            for index, start, images in each("decode", batches):
                 self._forward(stream, index, start, images, write)
                 count = len(images)
                 del images

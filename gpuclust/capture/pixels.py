@@ -18,7 +18,7 @@ from gpuclust.capture.batches import Batch, without_images
 from gpuclust.capture.images import ImageSource
 from gpuclust.capture.keys import Keys
 from gpuclust.capture.loader import Transform
-from gpuclust.capture.transport import ByteTransform, as_bytes
+from gpuclust.capture.transport import ByteTransform, as_bytes, look_up_bytes
 from gpuclust.cluster.sources.staging import Piece, Staging
 
 
@@ -32,6 +32,11 @@ class Pictured(Protocol):
 def pixel_bytes(images: Pictured, transform: Transform | None, example: Tensor) -> int:
     """Bytes of one image as it travels and as `Pixels` keeps it; `example` is one image ``(1, c, h, w)``."""
     return example[0].numel() * _transport(images, transform)[1].itemsize
+
+
+def staged_bytes(batch_size: int, bytes_per_image: int, kind: str) -> int:
+    """What `Pixels` holds on a device of this kind beside inputs and what it keeps: batches to come, and a look-up."""
+    return 2 * batch_size * bytes_per_image + look_up_bytes(kind) if kind == "cuda" else 0
 
 
 class Pixels:

@@ -90,6 +90,11 @@ class LookUp:
             torch.take(self.values, places, out=into)
 
 
+def look_up_bytes(kind: str) -> int:
+    """What a `LookUp` holds on a device of this kind for the places of values, at most."""
+    return 8 * _LOOK_UP.get(kind, 1 << 21)
+
+
 def as_bytes(transform: Transform | None) -> ByteTransform | None:
     """The transform split where bytes become floats, if it is known to be elementwise from there on; else None.
 
