@@ -87,7 +87,7 @@ def test_some_batches_alone(folder, keep, workers, monkeypatch):
 def test_only_the_wanted_images_are_decoded_and_no_small_pictures_made(folder, monkeypatch):
     read = []
     decode = loader.decode_file
-    monkeypatch.setattr(loader, "decode_file", lambda path, most: (read.append(path), decode(path, most))[1])
+    monkeypatch.setattr(loader, "decode_file", lambda path, *given: (read.append(path), decode(path, *given))[1])
     given = make(images(folder), SPLIT, 4)
     paths = [path for *_, batch in given.first() for path in batch.paths]
     read.clear()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-_PROCESS = Path("/proc/self")
+_PROC = Path("/proc")
 
 
 class PeakMemory:
@@ -35,7 +35,7 @@ class PeakMemory:
         if self._before is None:
             return None
         if self._device.type != "cuda":
-            return max(0, _of_process("VmHWM") - self._before)
+            return max(0, held_by("self", "VmHWM") - self._before)
         if self._by_torch:
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return max(0, self._before - torch.cuda.mem_get_info(self._device)[0])
@@ -49,13 +49,13 @@ def _begin() -> int | None:
     if trim is not None:
         trim(0)
     try:
-        (_PROCESS / "clear_refs").write_text("5")
-        return _of_process("VmRSS")
+        (_PROC / "self/clear_refs").write_text("5")
+        return held_by("self", "VmRSS")
     except OSError:
         return None
 
 
-def _of_process(name: str) -> int:
-    """A value of /proc/self/status in bytes."""
-    lines = (_PROCESS / "status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+def held_by(process: int | str, name: str) -> int:
+    """Bytes of a process by Linux' account: VmRSS now, VmHWM at most; 0 of one that has ended."""
+    lines = (_PROC / f"{process}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
