@@ -58,9 +58,9 @@ def main(words: list[str] | None = None) -> int:
     started: dict[int, subprocess.Popen[str]] = {}
 
     def start(number: int) -> None:
-        if number < len(shapes):
+        if number < len(shapes) and number not in started:
             words = [*command, "--only", str(number)]
-            started.setdefault(number, subprocess.Popen(words, stdin=subprocess.PIPE, text=True))
+            started[number] = subprocess.Popen(words, stdin=subprocess.PIPE, text=True)
 
     done = 0
     try:

@@ -140,9 +140,12 @@ def test_the_whole_command_at_small_shapes(tmp_path):
     rows = read(out / "rows.csv")
     measured = [row for row in rows if row["time_s"]]
     assert {row["op"] for row in measured} >= {"assign", "update", "fit", "seed"}
-    # On a busy machine fits of shapes so small may differ by nothing that can be told, or no time is left; rows say so.
-    assert "iteration" in {row["op"] for row in rows}
-    assert all(row["time_s"] or row["missing"] for row in rows)
+    # Of shapes so small, fits of different lengths may take the same time on a busy machine.
+    noise = "an iteration takes less than fits of the same length differ by"
+    assert any(row["op"] == "iteration" and (row["time_s"] or row["missing"] == noise) for row in rows)
+    # Every shape is measured in one process, and once.
+    fits = [(row["case"], row["what"]) for row in rows if row["op"] == "fit"]
+    assert len(fits) == len(set(fits))
     assert {row["what"] for row in measured} >= {"gpuclust torch", "torch", "scikit-learn"}
     assert {row["dtype"] for row in measured} == {"float32", "float16"}
     assert all(row["mislabel_rate"] in ("", "0.0") for row in measured if row["what"].startswith("gpuclust"))
