@@ -20,6 +20,7 @@ from gpuclust.capture.images import open_images
 from gpuclust.capture.loader import FileReader
 from gpuclust.capture.pixels import Pixels
 from gpuclust.capture.transport import as_bytes
+from gpuclust.config import DECODERS
 from gpuclust.demo import demo_network
 from gpuclust.errors import InputError, UnavailableError
 
@@ -81,7 +82,6 @@ def test_pictures_are_pillows_but_for_rounding(folder: Path) -> None:
         assert near(*(torch.from_numpy(np.asarray(image).copy()) for image in (found, expected)), 1.0), path.name
 
 
-DECODERS = ("torchcodec", "pillow")
 BYTES = as_bytes(Compose([Resize(40), CenterCrop(32), ToTensor(), Normalize([0.5] * 3, [0.25] * 3)]))
 
 
@@ -196,3 +196,13 @@ def test_without_the_library_it_says_so_and_what_brings_it(tmp_path: Path, monke
 def test_a_data_set_that_decodes_its_images_has_no_use_for_it() -> None:
     with pytest.raises(InputError, match="decoder torchcodec is for image files"):
         open_images(Pictures(), decoder="torchcodec")
+
+
+@needs_torchcodec
+def test_a_gpus_memory_that_runs_out_is_no_images_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(BYTES), "on_tensor", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        batches(folder, "torchcodec", CPU)

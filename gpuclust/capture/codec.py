@@ -21,7 +21,7 @@ from gpuclust.errors import UnavailableError, first_line, is_out_of_memory
 
 @dataclass(frozen=True)
 class Encoded:
-    """A JPEG file, to be decoded where the network is, and its EXIF orientation."""
+    """A JPEG file, to be decoded where the network is, and its EXIF orientation; itself what `decode_file` makes."""
 
     data: bytes
     orientation: int
@@ -58,11 +58,6 @@ def require_torchcodec() -> None:
             f"decoder torchcodec {why}; pip install 'gpuclust[torchcodec]' brings it, but each version of it goes with "
             f"few of torch's, and here is torch {torch.__version__}"
         ) from error
-
-
-def keep_encoded(data: bytes, orientation: int) -> Encoded:
-    """For `decode_file`: the file as it is."""
-    return Encoded(data, orientation)
 
 
 def decode_here(data: bytes, orientation: int) -> Image.Image:

@@ -48,7 +48,7 @@ _TURNS = {
 }
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class BadImage(Exception):
@@ -56,8 +56,8 @@ class BadImage(Exception):
 
 
 def decode_file(
-    path: str | os.PathLike[str], max_pixels: int, jpeg: Callable[[bytes, int], T] | None = None
-) -> Image.Image | T:
+    path: str | os.PathLike[str], max_pixels: int, jpeg: Callable[[bytes, int], _T] | None = None
+) -> Image.Image | _T:
     """The picture in a file: first frame, upright by its EXIF orientation, on white where transparent, mode RGB.
 
     The format is found from the content. Colour profiles are not applied (as torchvision doesn't).

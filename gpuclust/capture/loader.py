@@ -10,9 +10,10 @@ import random
 import re
 import signal
 import traceback
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gpuclust.capture.codec import Encoded, decode_here, decode_on, keep_encoded
+from gpuclust.capture.codec import Encoded, decode_here, decode_on
 from gpuclust.capture.decode import BROKEN, BadImage, decode_file, encode_thumbnail, to_rgb, words
 from gpuclust.capture.transport import ByteTransform, Transform
 from gpuclust.errors import GpuclustError, InputError
@@ -48,7 +49,7 @@ class FileReader:
     decoder: str = "pillow"
 
     def read(self, key: str) -> Image.Image | Encoded:
-        jpeg = {"pillow": None, "torchcodec": decode_here, "later": keep_encoded}[self.decoder]
+        jpeg = {"pillow": None, "torchcodec": decode_here, "later": Encoded}[self.decoder]
         return decode_file(self.root / key, self.max_pixels, jpeg)
 
 
@@ -127,20 +128,50 @@ class Chunks(Dataset[Chunk]):
         return -(-len(self.keys) // self.size)
 
     def __getitem__(self, index: int) -> Chunk:
+        positions = range(index * self.size, min((index + 1) * self.size, len(self.keys)))
+        return self._collected(positions, lambda position: self._load(self.keys[position]))
+
+    def finished(self, chunk: Chunk, device: torch.device) -> Chunk:
+        """The chunk with its images on the device, where the files among them are decoded and transformed."""
+        if not chunk.waiting:
+            return replace(chunk, images=chunk.images.to(device))
+        transform = self.transform
+        assert isinstance(transform, ByteTransform)
+        decoded = iter(decode_on(device, [item for item in chunk.waiting if isinstance(item, Encoded)]))
+        items, thumbs = iter(chunk.waiting), iter(chunk.thumbs)
+
+        def load(_: int) -> tuple[Tensor, list[bytes]]:
+            item, thumb = next(items), list(islice(thumbs, 1))
+            if not isinstance(item, Encoded):
+                return item.to(device), thumb
+            picture = next(decoded)
+            if isinstance(picture, str):
+                raise BadImage(picture)
+            return transform.on_tensor(picture), thumb
+
+        made = self._collected(chunk.good, load)
+        return replace(made, bad=sorted(chunk.bad + made.bad), fault=made.fault or chunk.fault)
+
+    def _collected(
+        self, positions: Iterable[int], load: Callable[[int], tuple[Tensor | Encoded, list[bytes]]]
+    ) -> Chunk:
+        """The chunk of what ``load`` gives for each position: an image, or a file, and its thumbnail or none."""
         images: list[Tensor | Encoded] = []
         good: list[int] = []
         thumbs: list[bytes] = []
         bad: list[tuple[int, str]] = []
         fault = None
-        for position in range(index * self.size, min((index + 1) * self.size, len(self.keys))):
+        for position in positions:
             key = self.keys[position]
             try:
                 with random_from(self.seed, key):
-                    image, thumb = self._load(key)
+                    image, thumb = load(position)
                 self._check([*images[:1], image])
             except BadImage as error:
                 bad.append((position, str(error)))
                 continue
+            except torch.OutOfMemoryError:  # of a GPU: no image is to blame, and the run may go on with less
+                raise
             except Exception as error:  # raised again in the main process, with the key
                 fault = (f"{key}: {type(error).__name__}: {error}", traceback.format_exc())
                 break
@@ -151,37 +182,6 @@ class Chunks(Dataset[Chunk]):
         if len(ready) < len(images):
             return Chunk(torch.empty(0), good, thumbs, bad, fault, images)
         return Chunk(torch.stack(ready) if ready else torch.empty(0), good, thumbs, bad, fault)
-
-    def finished(self, chunk: Chunk, device: torch.device) -> Chunk:
-        """The chunk with its images on the device, where the files among them are decoded and transformed."""
-        if not chunk.waiting:
-            return replace(chunk, images=chunk.images.to(device))
-        assert isinstance(self.transform, ByteTransform)
-        decoded = iter(decode_on(device, [item for item in chunk.waiting if isinstance(item, Encoded)]))
-        images: list[Tensor] = []
-        good: list[int] = []
-        thumbs: list[bytes] = []
-        bad, fault = list(chunk.bad), chunk.fault
-        for i, (position, item) in enumerate(zip(chunk.good, chunk.waiting, strict=True)):
-            image = next(decoded) if isinstance(item, Encoded) else item.to(device)
-            try:
-                if isinstance(image, str):
-                    raise BadImage(image)
-                if isinstance(item, Encoded):
-                    with random_from(self.seed, self.keys[position]):
-                        image = self.transform.on_tensor(image)
-                self._check([*images[:1], image])
-            except BadImage as error:
-                bad.append((position, str(error)))
-                continue
-            except Exception as error:
-                fault = (f"{self.keys[position]}: {type(error).__name__}: {error}", traceback.format_exc())
-                break
-            images.append(image)
-            good.append(position)
-            thumbs += chunk.thumbs[i : i + 1]
-        whole = torch.stack(images) if images else torch.empty(0, device=device)
-        return Chunk(whole, good, thumbs, sorted(bad), fault)
 
     def _check(self, images: Sequence[Tensor | Encoded]) -> None:
         """Raise what is wrong with the shape of the last image; files are not looked at."""

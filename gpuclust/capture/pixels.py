@@ -86,8 +86,8 @@ class Pixels:
         split = self._transform if isinstance(self._transform, ByteTransform) else None
         self._look_up = split.look_up(device, dtype) if split else None
         # A CPU's cores are the network's or the decoders': nothing is won by a thread and two more batches of memory.
-        self._there = images.decodes_on(device, self._transform)
-        self._staged = device.type == "cuda" and not self._there
+        self._decodes_on = device if images.decodes_on(device, self._transform) else None
+        self._staged = device.type == "cuda" and not self._decodes_on
         self._kept: Tensor | None = None
         self._keys = Keys()
         self._shape: tuple[int, ...] = ()
@@ -136,9 +136,7 @@ class Pixels:
                 yield number, start, self._input([self._kept[start : min(start + self.batch_size, self.n)]])
             return
         keys = [key for start in starts for key in self._keys[start : start + self.batch_size]]
-        decoded = self.images.again(
-            keys, self._shape, self._transform, self.batch_size, self.workers, self._decoding_device()
-        )
+        decoded = self.images.again(keys, self._shape, self._transform, self.batch_size, self.workers, self._decodes_on)
         with closing(self._arrived(decoded)) as batches:
             for number, start, parts in zip(numbers, starts, batches, strict=True):
                 yield number, start, self._input(parts)
@@ -149,10 +147,7 @@ class Pixels:
         self.keep, self._kept = False, None
 
     def _groups(self) -> Generator[list[Batch], None, None]:
-        return self.images.groups(self._transform, self.batch_size, self.workers, self._decoding_device())
-
-    def _decoding_device(self) -> torch.device | None:
-        return self.device if self._there else None
+        return self.images.groups(self._transform, self.batch_size, self.workers, self._decodes_on)
 
     def _arrived(self, batches: Generator[list[Tensor], None, None]) -> Generator[list[Tensor], None, None]:
         """The parts of each batch where the device reads them; they are valid until the next is asked for."""
