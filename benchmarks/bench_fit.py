@@ -19,9 +19,9 @@ from shapes import CPU_FITS, CPU_STEPS, Shape
 
 import gpuclust
 from gpuclust.bench.case import DATA, Case, make_rows
-from gpuclust.bench.memory import PeakMemory
 from gpuclust.bench.quality import examine
 from gpuclust.demo.train import read_split
+from gpuclust.peak import PeakMemory
 
 FOLDER = Path(os.environ.get("GPUCLUST_FASHION_MNIST") or "/usr/share/datasets/fashion-mnist")
 K, RESTARTS = 10, 10

@@ -16,12 +16,12 @@ import torch
 
 from gpuclust.bench.case import DATA, Case, make_rows
 from gpuclust.bench.ceilings import Ceilings, limit_s
-from gpuclust.bench.memory import PeakMemory
 from gpuclust.bench.peers import Found, Peer, Stored, Work
 from gpuclust.bench.quality import Quality, examine, inertia, nearest_labels
 from gpuclust.bench.rows import new_row
 from gpuclust.bench.timing import Clock, Guarded, Kept, in_turn, rounds_for, spread
 from gpuclust.errors import first_line, is_out_of_memory
+from gpuclust.peak import PeakMemory
 
 # Seconds for the rounds of one operation of one case.
 BUDGET_S = 10.0

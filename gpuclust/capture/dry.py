@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from gpuclust.capture.pixels import staged_bytes
 from gpuclust.capture.stream import ActivationStream
 from gpuclust.errors import users_code
 from gpuclust.free import give_back
+from gpuclust.peak import PeakMemory
 
 # Seconds for reading, decoding and resizing one picture of usual size in one process, and for reading a tensor.
 _PICTURE_S, _TENSOR_S = 0.012, 0.0005
@@ -24,7 +24,6 @@ _PICTURE_S, _TENSOR_S = 0.012, 0.0005
 FLOPS = 30e12
 # Where it cannot be measured: a layer's input, its output and a convolution's own workspace.
 _FORWARD_COPIES = 3
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def dry_batch(
@@ -79,10 +78,9 @@ def dry_batch(
         return time.perf_counter() - started
 
     run()  # compiles what is compiled at first use
-    before = _begin_peak(device)
+    watched = PeakMemory(device, by_torch=True)
     seconds = run()
-    peak = _peak(device)
-    held = peak - before if peak and before else _FORWARD_COPIES * batch_size * widest * 4 + images
+    held = watched.peak_bytes() or _FORWARD_COPIES * batch_size * widest * 4 + images
     give_back(device)
     return Forward(
         batch_size,
@@ -126,36 +124,6 @@ def counted_batch(
         pixel_bytes,
         decode_s,
     )
-
-
-def _begin_peak(device: torch.device) -> int:
-    """Begin to watch the peak of memory: what is held now; 0 where it cannot be watched."""
-    give_back(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        _CLEAR.write_text("5")
-        return _status("VmRSS")
-    except (OSError, ValueError):
-        return 0
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        return _status("VmHWM")
-    except (OSError, ValueError):
-        return 0
-
-
-def _status(name: str) -> int:
-    """A number of Linux' status of this process, in bytes."""
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(name)
 
 
 def _wait(device: torch.device) -> None:

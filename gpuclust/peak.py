@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from pathlib import Path
 
 import torch
 
-_PROC = Path("/proc")
+from gpuclust.free import give_back
+
+_PROCESS = Path("/proc/self")
 
 
 class PeakMemory:
@@ -24,7 +24,8 @@ class PeakMemory:
         self._before: int | None
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
+        give_back(device)  # what is kept of memory that was freed would hide what the call takes
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device) if by_torch else torch.cuda.mem_get_info(device)[0]
         else:
@@ -35,7 +36,7 @@ class PeakMemory:
         if self._before is None:
             return None
         if self._device.type != "cuda":
-            return max(0, held_by("self", "VmHWM") - self._before)
+            return max(0, _of_process("VmHWM") - self._before)
         if self._by_torch:
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return max(0, self._before - torch.cuda.mem_get_info(self._device)[0])
@@ -43,19 +44,14 @@ class PeakMemory:
 
 def _begin() -> int | None:
     """Set the record of the process's memory back to what it holds now: bytes."""
-    gc.collect()
-    # What the C library keeps of memory that was freed would hide what the call takes: glibc gives it back.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
     try:
-        (_PROC / "self/clear_refs").write_text("5")
-        return held_by("self", "VmRSS")
+        (_PROCESS / "clear_refs").write_text("5")
+        return _of_process("VmRSS")
     except OSError:
         return None
 
 
-def held_by(process: int | str, name: str) -> int:
-    """Bytes of a process by Linux' account: VmRSS now, VmHWM at most; 0 of one that has ended."""
-    lines = (_PROC / f"{process}/status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+def _of_process(name: str) -> int:
+    """A value of /proc/self/status in bytes."""
+    lines = (_PROCESS / "status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

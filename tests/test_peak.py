@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpuclust.bench import memory
-from gpuclust.bench.memory import PeakMemory
+from gpuclust import peak
+from gpuclust.peak import PeakMemory
 
 CPU = torch.device("cpu")
 SIZE = 48 << 20
@@ -37,7 +37,7 @@ def test_on_a_cpu_the_peak_of_a_call_counts_and_not_what_was_held_or_another_too
 
 
 def test_where_the_record_cannot_be_set_back_there_is_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_PROC", Path(tmp_path / "nothing"))
+    monkeypatch.setattr(peak, "_PROCESS", Path(tmp_path / "nothing"))
     assert taken(lambda: None) == (None, None)
 
 
