@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cases_limit as limited
 import cases_run as cases
 import numpy as np
 import pytest
@@ -235,3 +238,17 @@ def test_layers_in_several_passes_find_the_same(monkeypatch: pytest.MonkeyPatch)
     same(whole, several)
     assert several.run["plan"]["passes"] == 4
     assert len(several.run["plan"]["steps"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's memory is read from /proc")
+def test_a_process_stays_under_a_tenth_of_what_the_layers_take(tmp_path: Path) -> None:
+    limited.run(tmp_path / "whole")
+    plan = json.loads((tmp_path / "whole" / "run.json").read_text())["plan"]
+    limit = plan["activations_bytes"] // 10
+    peak, _ = limited.run(tmp_path / "tenth", "--memory-limit", str(limit))
+    assert 0.3 * limit < peak <= limit
+    files = [tmp_path / name / "assignments.parquet" for name in ("whole", "tenth")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    tenth = json.loads((tmp_path / "tenth" / "run.json").read_text())["plan"]
+    assert {row["rows"] for row in tenth["layers"]} == {"device", "recompute"}
