@@ -78,6 +78,7 @@ def each(name: str, items: Iterable[_T]) -> Generator[_T, None, None]:
             except StopIteration:
                 return
         yield item
+        del item  # its memory may be wanted for the next
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""A run of its own process, watched from outside, and a network of many layers for it."""
+"""A run of its own process, watched from outside, and a network of wide layers for it."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,39 +13,44 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from gpuclust.bench.memory import held_by
-
-N, SIDE = 1000, 32
+N, SIDE, WIDE = 400, 64, 16
 
 
-class Deep(nn.Module):
-    """One wide layer and many that a thousand images make 16 MB wide, and cost little."""
+class Wide(nn.Module):
+    """Six layers of 105 MB each for so many images, that cost little."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU())
-        self.down = nn.Sequential(nn.Conv2d(24, 4, 1), nn.ReLU())
-        self.rest = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(27)))
-        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(4, 3)
+        channels = [3, *[WIDE] * 6]
+        self.features = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(a, b, 1), nn.ReLU()) for a, b in itertools.pairwise(channels))
+        )
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(WIDE, 3)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.pool(self.rest(self.down(self.first(images)))).flatten(1))
+        return self.fc(self.pool(self.features(images)).flatten(1))
 
 
 def network() -> nn.Module:
     """What ``cases_limit:network`` means on the command line; the process tells that it is there, and what it holds."""
     torch.manual_seed(1)
-    found = Deep().eval()
+    found = Wide().eval()
     if "--memory-limit" in sys.argv:
         Path("/proc/self/clear_refs").write_text("5")
         print(f"held {held_by('self', 'VmRSS')}", flush=True)
     return found
 
 
+def held_by(process: int | str, what: str) -> int:
+    """``VmRSS`` or ``VmHWM`` of a process, in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{what}:")), 0)
+
+
 def data() -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(N) % 3
-    images = torch.rand(N, 3, SIDE, SIDE, generator=generator) + labels[:, None, None, None] * 0.2
+    images = torch.rand(N, 3, SIDE, SIDE, generator=generator) + labels[:, None, None, None] * 0.01
     return TensorDataset(images, labels)
 
 
@@ -52,7 +58,20 @@ def run(out: Path, *words: str) -> tuple[int, str]:
     """A run of the command, and the most that its process held above what it told, in bytes; and its messages."""
     command = [sys.executable, "-m", "gpuclust", "run", "cases_limit:data", "--model", "cases_limit:network"]
     with subprocess.Popen(
-        [*command, "--out", str(out), "--n-init", "1", "--batch-size", "8", "--device", "cpu", *words],
+        [
+            *command,
+            "--out",
+            str(out),
+            "--n-init",
+            "1",
+            "--batch-size",
+            "8",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            *words,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

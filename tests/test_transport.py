@@ -101,7 +101,7 @@ def test_the_bits_are_those_of_the_transform_itself(name):
                 sent = split(image)
             assert (sent.dtype, sent.is_contiguous(), type(sent)) == (torch.uint8, True, torch.Tensor)
             found = torch.full((1, *sent.shape), torch.nan)
-            split.look_up(CPU, found.dtype)(sent[None], found)
+            split.floats(CPU, found.dtype)(sent[None], found)
             assert torch.equal(found[0], expected), (size, mode)
 
 
@@ -123,8 +123,8 @@ def test_other_types_of_input_are_rounded_from_float32(dtype):
     split = as_bytes(SPLIT["v1"])
     sent = torch.stack([split(picture(60 + i, 50)) for i in range(5)])
     exact, found = torch.empty(sent.shape), torch.empty(sent.shape, dtype=dtype)
-    split.look_up(CPU, exact.dtype)(sent, exact)
-    split.look_up(CPU, found.dtype)(sent, found)
+    split.floats(CPU, exact.dtype)(sent, exact)
+    split.floats(CPU, found.dtype)(sent, found)
     assert torch.equal(found, exact.to(dtype))
 
 
@@ -135,7 +135,7 @@ def test_many_values_are_looked_up_group_by_group(monkeypatch):
     for most in (1, 3 * 3 * 32 * 32, 1 << 30):
         monkeypatch.setattr(transport, "_LOOK_UP", {"cpu": most})
         out = torch.empty(sent.shape)
-        split.look_up(CPU, out.dtype)(sent, out)
+        split.floats(CPU, out.dtype)(sent, out)
         found.append(out)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -161,5 +161,5 @@ def test_timms_usual_transform_is_known():
     assert split is not None
     image = picture(90, 120)
     found = torch.empty(1, 3, 64, 64)
-    split.look_up(CPU, found.dtype)(split(image)[None], found)
+    split.floats(CPU, found.dtype)(split(image)[None], found)
     assert torch.equal(found[0], transform(image))

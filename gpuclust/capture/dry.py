@@ -57,18 +57,21 @@ def dry_batch(
     measured
         Whether to run it; else the peak is what the sizes say, and the seconds are 0.
     """
-    device, reach = example.device, dict[str, float]()
+    device, reach, peaks = example.device, dict[str, float](), dict[str, int]()
     images = batch_size * example[0].numel() * example.element_size()
+    staged = staged_bytes(batch_size, pixel_bytes, device.type)
     if not measured or not layers:
         peak = _FORWARD_COPIES * batch_size * widest * 4 + images
         return Forward(batch_size, peak, 0.0, reach, pixel_bytes, decode_s)
 
-    def run() -> float:
+    def run(watched: PeakMemory | None = None) -> float:
         started = time.perf_counter()
 
         def arrive(layer: Layer, _: Tensor) -> None:
             _wait(device)
             reach[layer.name] = time.perf_counter() - started
+            if watched and (held := watched.peak_bytes()):
+                peaks[layer.name] = max(held, images) + staged
 
         with ActivationStream(module, layers) as stream, seeded(0):
             batch = torch.rand(batch_size, *example.shape[1:], device=device).to(example.dtype)
@@ -79,16 +82,17 @@ def dry_batch(
 
     run()  # compiles what is compiled at first use
     watched = PeakMemory(device, by_torch=True)
-    seconds = run()
+    seconds = run(watched)
     held = watched.peak_bytes() or _FORWARD_COPIES * batch_size * widest * 4 + images
     give_back(device)
     return Forward(
         batch_size,
-        max(held, images) + staged_bytes(batch_size, pixel_bytes, device.type),
+        max(held, images) + staged,
         seconds,
         {layer: at / seconds for layer, at in reach.items()},
         pixel_bytes,
         decode_s,
+        peaks,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gpuclust.capture.table import show_plan
@@ -32,6 +32,8 @@ class Forward:
         Of one image, as it is kept on the device between passes.
     decode_s : float
         Seconds for reading and decoding one image, with all workers at it.
+    peaks : mapping of str to int
+        For each layer's name what is held at the peak of a pass that ends there, the images included.
     """
 
     batch_size: int
@@ -40,6 +42,11 @@ class Forward:
     reach: Mapping[str, float]
     pixel_bytes: int
     decode_s: float
+    peaks: Mapping[str, int] = field(default_factory=dict)
+
+    def peak_to(self, layers: Iterable[str]) -> int:
+        """What a pass holds at its peak that ends at the deepest of these layers."""
+        return max((self.peaks.get(name, self.peak_bytes) for name in layers), default=self.peak_bytes)
 
     def pass_s(self, n: int, layer: str) -> float:
         """Seconds of a pass of n images as far as a layer."""

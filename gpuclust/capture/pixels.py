@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -44,7 +45,8 @@ class Pixels:
 
     Pictures travel as bytes where their transform allows it (`as_bytes`), and are kept so; all others as float32.
     Every input is contiguous memory of its own, freshly written, since a network's rounding may depend on how its
-    input lies; and batches are cut at the same images in every pass.
+    input lies; and batches are cut at the same images in every pass. In host memory it is that of the input before, if
+    nothing refers to that any more.
 
     Parameters
     ----------
@@ -84,7 +86,7 @@ class Pixels:
         self.n = 0
         self._transform, self._sent = _transport(images, transform)
         split = self._transform if isinstance(self._transform, ByteTransform) else None
-        self._look_up = split.look_up(device, dtype) if split else None
+        self._floats = split.floats(device, dtype) if split else None
         # A CPU's cores are the network's or the decoders': nothing is won by a thread and two more batches of memory.
         self._decodes_on = device if images.decodes_on(device, self._transform) else None
         self._staged = device.type == "cuda" and not self._decodes_on
@@ -105,7 +107,7 @@ class Pixels:
         if not self.keep:
             self._kept = None  # of a first pass that was given up
         known: deque[Batch] = deque()  # of the batches that are on their way
-        start = 0
+        inputs, start = _Inputs(self.device, self.dtype), 0
         with closing(self._arrived(_told_apart(self._groups(), known))) as batches:
             for parts in batches:
                 batch = known.popleft()
@@ -114,7 +116,7 @@ class Pixels:
                     self._store(parts, start)
                 for key in batch.keys:
                     self._keys.append(key)
-                yield start, self._input(parts), batch
+                yield start, self._input(parts, inputs), batch
                 start += len(batch)
                 del parts
         self.n = start
@@ -130,16 +132,17 @@ class Pixels:
             If an image that is decoded once more cannot be read now, or has another shape.
         """
         numbers = range(-(-self.n // self.batch_size)) if wanted is None else sorted(set(wanted))
-        starts = [number * self.batch_size for number in numbers]
+        starts, inputs = [number * self.batch_size for number in numbers], _Inputs(self.device, self.dtype)
         if self._kept is not None:
             for number, start in zip(numbers, starts, strict=True):
-                yield number, start, self._input([self._kept[start : min(start + self.batch_size, self.n)]])
+                kept = self._kept[start : min(start + self.batch_size, self.n)]
+                yield number, start, self._input([kept], inputs)
             return
         keys = [key for start in starts for key in self._keys[start : start + self.batch_size]]
         decoded = self.images.again(keys, self._shape, self._transform, self.batch_size, self.workers, self._decodes_on)
         with closing(self._arrived(decoded)) as batches:
             for number, start, parts in zip(numbers, starts, batches, strict=True):
-                yield number, start, self._input(parts)
+                yield number, start, self._input(parts, inputs)
                 del parts
 
     def drop(self) -> None:
@@ -170,14 +173,14 @@ class Pixels:
             self._kept[start : start + len(part)].copy_(part)
             start += len(part)
 
-    def _input(self, parts: list[Tensor]) -> Tensor:
+    def _input(self, parts: list[Tensor], inputs: _Inputs) -> Tensor:
         """The network's input from its parts on the device."""
-        images = _fresh((sum(map(len, parts)), *self._shape), self.dtype, self.device)
+        images = inputs.empty((sum(map(len, parts)), *self._shape))
         for part, out in zip(parts, images.split([len(part) for part in parts]), strict=True):
-            if self._look_up is None:
+            if self._floats is None:
                 out.copy_(part)
             else:
-                self._look_up(part, out)
+                self._floats(part, out)
         return images
 
 
@@ -187,15 +190,31 @@ def _transport(images: Pictured, transform: Transform | None) -> tuple[Transform
     return (transform, torch.float32) if split is None else (split, torch.uint8)
 
 
-def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for one input.
+class _Inputs:
+    """Memory for the inputs of one pass.
 
-    In host memory it is mapped, and so given back when the input goes. Where the C library hands out aligned memory
-    (glibc 2.36), a hole of an input's size is too small for the next one, and every batch would leave one behind.
+    In host memory it is mapped, and so given back with the pass. Where the C library hands out aligned memory (glibc
+    2.36), a hole of an input's size is too small for the next one, and every batch would leave one behind; and the
+    system takes longer to map an input than it takes to fill it.
     """
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._unused = self._references()
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """Contiguous memory that no tensor refers to."""
+        if self._device.type != "cpu":
+            return torch.empty(shape, dtype=self._dtype, device=self._device)
+        values = math.prod(shape)
+        if len(self._memory) < values * self._dtype.itemsize or self._references() > self._unused:
+            self._memory = mmap.mmap(-1, values * self._dtype.itemsize)
+        return torch.frombuffer(self._memory, dtype=self._dtype, count=values).view(shape)
+
+    def _references(self) -> int:
+        """A tensor refers to its memory for as long as it, or a view of it, is there."""
+        return sys.getrefcount(self._memory)
 
 
 def _told_apart(groups: Generator[list[Batch], None, None], known: deque[Batch]) -> Generator[list[Tensor], None, None]:

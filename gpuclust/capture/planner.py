@@ -191,8 +191,9 @@ class _Maker:
         return name, seconds + view * pass_s, passes + view
 
     def _forward_bytes(self, layers: Sequence[Layer]) -> int:
-        """Of a forward pass that captures these layers."""
-        return self.forward.peak_bytes + sum(self.reduce_bytes.get(layer.name, 0) for layer in layers)
+        """Of a forward pass that captures these layers, and ends there."""
+        names = [layer.name for layer in layers]
+        return self.forward.peak_to(names) + sum(self.reduce_bytes.get(name, 0) for name in names)
 
     # ---- ways
 
