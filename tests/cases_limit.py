@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-N, SIDE, WIDE = 400, 64, 16
+N, SIDE, WIDE = 300, 64, 16
 
 
 class Wide(nn.Module):
-    """Six layers of 105 MB each for so many images, that cost little."""
+    """Six layers of 79 MB each for so many images, that cost little."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,24 +54,11 @@ def data() -> TensorDataset:
     return TensorDataset(images, labels)
 
 
-def run(out: Path, *words: str) -> tuple[int, str]:
+def run(out: Path, layers: str, *words: str) -> tuple[int, str]:
     """A run of the command, and the most that its process held above what it told, in bytes; and its messages."""
-    command = [sys.executable, "-m", "gpuclust", "run", "cases_limit:data", "--model", "cases_limit:network"]
+    options = f"--model cases_limit:network --n-init 1 --batch-size 8 --device cpu --workers 0 --layers {layers}"
     with subprocess.Popen(
-        [
-            *command,
-            "--out",
-            str(out),
-            "--n-init",
-            "1",
-            "--batch-size",
-            "8",
-            "--device",
-            "cpu",
-            "--workers",
-            "0",
-            *words,
-        ],
+        [sys.executable, "-m", "gpuclust", "run", "cases_limit:data", *options.split(), "--out", str(out), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -275,6 +275,10 @@ class ImageSource:
         wanted = self.decoder == "torchcodec" and device.type == "cuda"
         return wanted and isinstance(transform, ByteTransform) and transform.takes_tensors()
 
+    def for_threads(self, transform: Transform | None) -> bool:
+        """Whether threads of this process can read and transform the images (`Chunks.for_threads`)."""
+        return Chunks(self._reader(), transform, [], 1, self.seed).for_threads()
+
     def holds_pictures(self) -> bool:
         """Whether the images need a transform: all but a data set's tensors, of which one item is read."""
         if self._pictures is None:

@@ -11,7 +11,8 @@ import re
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -131,8 +132,20 @@ class Chunks(Dataset[Chunk]):
         return -(-len(self.keys) // self.size)
 
     def __getitem__(self, index: int) -> Chunk:
+        return self.load(index)
+
+    def load(self, index: int, pool: Executor | None = None) -> Chunk:
+        """The chunk of that number, its images read one after the other, or side by side in a pool of threads."""
         positions = range(index * self.size, min((index + 1) * self.size, len(self.keys)))
-        return self._collected(positions, lambda position: self._load(self.keys[position]))
+        if pool is None:
+            return self._collected(positions, lambda position: self._load(self.keys[position]))
+        reading = {position: pool.submit(self._load, self.keys[position]) for position in positions}
+        return self._collected(positions, lambda position: reading.pop(position).result())
+
+    def for_threads(self) -> bool:
+        """Whether threads can read them: they run side by side in Pillow, and nothing draws from a generator."""
+        files = isinstance(self.reader, FileReader) and self.reader.decoder == "pillow"
+        return files and not self._draws and isinstance(self.transform, ByteTransform) and self.transform.on_pictures()
 
     def finished(self, chunk: Chunk, device: torch.device) -> Chunk:
         """The chunk with its images on the device, where the files among them are decoded and transformed."""
@@ -214,7 +227,8 @@ class Chunks(Dataset[Chunk]):
 
 
 def load_chunks(chunks: Chunks, workers: int, device: torch.device | None = None) -> Generator[Chunk, None, None]:
-    """The chunks in order, read ahead by `workers` processes (0: by this one). The result doesn't depend on `workers`.
+    """The chunks in order, read ahead by `workers` processes, or by this one (0) when they are wanted, in threads where
+    they can be. The result doesn't depend on `workers`.
 
     Files that a reader left encoded are decoded here, on `device`.
 
@@ -225,19 +239,9 @@ def load_chunks(chunks: Chunks, workers: int, device: torch.device | None = None
     GpuclustError
         If one of the processes dies.
     """
-    workers = min(workers, len(chunks))
-    loader = DataLoader(
-        chunks,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(0),  # else making an iterator would draw from the global one
-        prefetch_factor=4 if workers else None,
-    )
-    iterator = iter(loader)
-    try:
-        for chunk in iterator:
+    loaded = _read_ahead(chunks, min(workers, len(chunks))) if workers else _read_here(chunks)
+    with closing(loaded):
+        for chunk in loaded:
             if device is not None:
                 chunk = chunks.finished(chunk, device)
             if chunk.fault:
@@ -246,6 +250,27 @@ def load_chunks(chunks: Chunks, workers: int, device: torch.device | None = None
                 raise error
             yield chunk
             del chunk  # its memory may be wanted for the next
+
+
+def _read_here(chunks: Chunks) -> Generator[Chunk, None, None]:
+    with ThreadPoolExecutor(_cores()) if chunks.for_threads() else nullcontext() as pool:
+        for index in range(len(chunks)):
+            yield chunks.load(index, pool)
+
+
+def _read_ahead(chunks: Chunks, workers: int) -> Generator[Chunk, None, None]:
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator().manual_seed(0),  # else making an iterator would draw from the global one
+        prefetch_factor=4,
+    )
+    iterator = iter(loader)
+    try:
+        yield from iterator
     except RuntimeError as error:
         if not re.search(r"DataLoader worker .*(exited|killed)", str(error)):
             raise
@@ -253,15 +278,18 @@ def load_chunks(chunks: Chunks, workers: int, device: torch.device | None = None
             f"a process that reads images died: {' '.join(str(error).split())}. Most often memory or /dev/shm ran out: "
             f"take fewer than {workers} workers (--workers), or none (--workers 0)"
         ) from error
-    finally:
-        if workers:  # at once, not when the last traceback that holds the iterator is gone
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+    finally:  # at once, not when the last traceback that holds the iterator is gone
+        iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def default_workers(images: int) -> int:
     """A process per core up to `MAX_WORKERS`; none for few images."""
+    return 0 if images < FEW_IMAGES else _cores()
+
+
+def _cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if images < FEW_IMAGES else min(cores, MAX_WORKERS)
+    return min(cores, MAX_WORKERS)
 
 
 def cannot_be_sent(reader: Reader, transform: Transform | None) -> str | None:

@@ -23,7 +23,7 @@ class Item:
 Fits = Callable[[Sequence[Item]], bool]
 
 
-def pack(items: Sequence[Item], left: int, forward_bytes: int, decode_s: float) -> list[set[str]]:
+def pack(items: Sequence[Item], left: int, forward_bytes: int) -> list[set[str]]:
     """Groups of layers, each for one pass, the deepest pass first.
 
     Parameters
@@ -34,17 +34,15 @@ def pack(items: Sequence[Item], left: int, forward_bytes: int, decode_s: float) 
         Bytes for rows and for what is at work beside them.
     forward_bytes : int
         Of a forward pass.
-    decode_s : float
-        Seconds that a pass takes at least.
     """
 
     def fits(group: Sequence[Item]) -> bool:
         return needed(group, forward_bytes) <= left
 
     def seconds(groups: Sequence[Sequence[Item]]) -> float:
-        return sum(max(decode_s, *(item.reach_s for item in group)) for group in groups)
+        return sum(max(item.reach_s for item in group) for group in groups)
 
-    ways = [_by_depth(items, fits), _in_order(items, fits, decode_s)]
+    ways = [_by_depth(items, fits), _in_order(items, fits)]
     best = min(ways, key=lambda groups: (seconds(groups), len(groups)))
     best.sort(key=lambda group: -max(item.reach_s for item in group))
     return [{item.name for item in group} for group in best]
@@ -74,7 +72,7 @@ def _by_depth(items: Sequence[Item], fits: Fits) -> list[list[Item]]:
     return groups
 
 
-def _in_order(items: Sequence[Item], fits: Fits, decode_s: float) -> list[list[Item]]:
+def _in_order(items: Sequence[Item], fits: Fits) -> list[list[Item]]:
     """The best division into runs of neighbours, by the time of the best division of what comes before."""
     ordered = sorted(items, key=lambda item: item.reach_s)
     best: list[tuple[float, list[list[Item]]]] = [(0.0, [])]
@@ -84,6 +82,6 @@ def _in_order(items: Sequence[Item], fits: Fits, decode_s: float) -> list[list[I
             group = ordered[start:stop]
             if fits(group):
                 before, groups = best[start]
-                ways.append((before + max(decode_s, group[-1].reach_s), [*groups, group]))
+                ways.append((before + group[-1].reach_s, [*groups, group]))
         best.append(min(ways, key=lambda way: (way[0], len(way[1]))))
     return best[-1][1]

@@ -58,7 +58,8 @@ class Pixels:
     dtype : torch.dtype
         Of the network's input.
     workers : int or None
-        Processes that decode; see `ImageSource.batches`.
+        Processes that decode; see `ImageSource.batches`. By default, where the network is on the CPU, threads decode
+        between its batches, if the images are files and their transform is a known one.
     keep : bool
         Whether the first pass keeps the images on the device for later ones; may be set until it begins.
 
@@ -81,13 +82,16 @@ class Pixels:
         workers: int | None,
         keep: bool,
     ) -> None:
-        self.images, self.batch_size, self.workers, self.keep = images, batch_size, workers, keep
+        self.images, self.batch_size, self.keep = images, batch_size, keep
         self.device, self.dtype = device, dtype
         self.n = 0
         self._transform, self._sent = _transport(images, transform)
         split = self._transform if isinstance(self._transform, ByteTransform) else None
         self._floats = split.floats(device, dtype) if split else None
-        # A CPU's cores are the network's or the decoders': nothing is won by a thread and two more batches of memory.
+        # A CPU's cores are the network's or the decoders': nothing is won by a thread and two more batches of memory,
+        # and processes that decode while the network computes keep its threads waiting for one another.
+        alone = workers is None and device.type == "cpu" and images.for_threads(self._transform)
+        self.workers = 0 if alone else workers
         self._decodes_on = device if images.decodes_on(device, self._transform) else None
         self._staged = device.type == "cuda" and not self._decodes_on
         self._kept: Tensor | None = None

@@ -116,8 +116,11 @@ class _Maker:
         fitting = [layer for layer in self.layers if alone[layer.name] is not None]
         rows: dict[str, LayerPlan] = {}
         steps: list[Step] = []
-        items = [Item(layer.name, self._rows(layer), self._needs(layer)[0], self._reach_s(layer)) for layer in fitting]
-        for names in pack(items, left, self._forward_bytes(fitting), decode_s):
+        items = [
+            Item(layer.name, self._rows(layer), self._needs(layer)[0], self._both(decode_s, self._reach_s(layer)))
+            for layer in fitting
+        ]
+        for names in pack(items, left, self._forward_bytes(fitting)):
             group = sorted((layer for layer in fitting if layer.name in names), key=self._width)
             steps.append(self._step(group, left, len(steps), decode_s, rows))
         for layer in self.layers:
@@ -126,7 +129,7 @@ class _Maker:
         # Decoded once in any case, by the first step.
         if keeps and steps:
             first = steps[0]
-            steps[0] = replace(first, capture_s=max(first.capture_s, self.n * self.forward.decode_s))
+            steps[0] = replace(first, capture_s=self._both(self.n * self.forward.decode_s, first.capture_s))
         ordered = tuple(rows[layer.name] for layer in self.layers)
         return MemoryPlan(
             network="the network",
@@ -152,6 +155,10 @@ class _Maker:
     def _reach_s(self, layer: Layer) -> float:
         """Seconds of a pass of all images as far as the layer."""
         return self.forward.pass_s(self.n, layer.name)
+
+    def _both(self, decode_s: float, forward_s: float) -> float:
+        """Seconds of decoding and of the network together: one goes on beside the other, but for a CPU's cores."""
+        return decode_s + forward_s if self.device.type == "cpu" else max(decode_s, forward_s)
 
     def _problem(self, layer: Layer) -> Problem:
         # Only the kind of the device counts here, so that a plan can be made for one that is not there.
@@ -214,7 +221,7 @@ class _Maker:
             rows[layer.name] = self._layer(layer, "device", index, name, limit, least, 0, seconds)
             peak = max(peak, alive + limit)
             alive -= self._rows(layer)
-        capture_s = max(decode_s, *map(self._reach_s, group))
+        capture_s = self._both(decode_s, max(map(self._reach_s, group)))
         return Step(tuple(layer.name for layer in group), "device", capture_s, peak)
 
     def _streamed(self, layer: Layer, left: int, index: int, decode_s: float, rows: dict[str, LayerPlan]) -> Step:
@@ -223,7 +230,7 @@ class _Maker:
         size, batch = self._rows(layer), self.forward.batch_size * self._width(layer) * (4 + self.dtype.itemsize % 4)
         forward_bytes = self._forward_bytes([layer])
         held = max(forward_bytes, batch)
-        reach_s = max(decode_s, self._reach_s(layer))
+        reach_s = self._both(decode_s, self._reach_s(layer))
         ways: list[tuple[str, float, float, int]] = [("recompute", 0.0, reach_s, left - held)]
         if size <= self.room.host_bytes * _HOST_SHARE:
             ways.append(("host", reach_s + size / COPY_RATE, size / COPY_RATE, left))

@@ -76,6 +76,10 @@ class ByteTransform:
         """Whether a step draws random numbers."""
         return any("Random" in _name(step) for step in self.steps)
 
+    def on_pictures(self) -> bool:
+        """Whether all steps are those of pictures, but for the last, which may make a tensor of one."""
+        return not any(_name(step) in _BYTES for step in self.steps[:-1])
+
     def floats(self, device: torch.device, dtype: torch.dtype) -> Floats:
         """What gives the bits of the whole transform on a device, rounded to `dtype`."""
         if self.normalize and device.type == "cpu" and dtype == torch.float32:
