@@ -51,6 +51,18 @@ def shell(*words: object, code: str = "from gpuclust.cli import main; main()") -
     )
 
 
+# ---- the end
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--version"], 0), (["run"], 2)])
+def test_what_is_to_be_done_at_the_end_is_done(words: list[str], code: int) -> None:
+    script = "import atexit; atexit.register(print, 'the end'); from gpuclust.cli import main; main()"
+    with shell(*words, code=script) as process:
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert out.splitlines()[-1] == "the end"
+
+
 # ---- help
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
 import signal
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cases_images import write_images
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision import transforms as v1
 
 from gpuclust.capture import loader
 from gpuclust.capture.decode import BadImage
@@ -24,6 +29,7 @@ from gpuclust.capture.loader import (
     key_hash,
     load_chunks,
 )
+from gpuclust.capture.transport import as_bytes
 from gpuclust.errors import GpuclustError, InputError
 
 
@@ -84,6 +90,56 @@ def test_the_result_depends_neither_on_workers_nor_on_chunks(transform):
         other = collect(transform, size, workers)
         assert torch.equal(other[0], images)
         assert other[1:] == (good, thumbs, bad)
+
+
+FLIP = v1.Compose([v1.Resize((4, 5)), v1.RandomHorizontalFlip(), v1.ToTensor()])
+PLAIN = v1.Compose([v1.Resize((4, 5)), v1.ToTensor()])
+
+
+def files(folder: Path, transform, decoder: str = "pillow", size: int = 7) -> Chunks:
+    write_images(folder, {"cat": 12, "dog": 12})
+    (folder / "dog" / "04.png").write_bytes(b"nothing")
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+    return Chunks(FileReader(folder, 10**6, decoder), transform, names, size, 0)
+
+
+def test_threads_read_files_side_by_side_and_give_the_same(tmp_path, monkeypatch):
+    chunks = files(tmp_path, as_bytes(PLAIN))
+    alone = [chunks[index] for index in range(len(chunks))]
+    decode, together = loader.decode_file, threading.Barrier(2, timeout=20)
+
+    def met(*given):
+        together.wait()
+        return decode(*given)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)), raising=False)
+    monkeypatch.setattr(loader, "decode_file", met)
+    threaded = list(load_chunks(files(tmp_path, as_bytes(PLAIN), size=8), 0))
+    assert threading.active_count() < 2 + len(threaded)  # they end with the pass
+    assert torch.equal(torch.cat([a.images for a in threaded]), torch.cat([a.images for a in alone]))
+    for name in ("good", "thumbs", "bad"):
+        found, expected = ([*itertools.chain(*(getattr(a, name) for a in some))] for some in (threaded, alone))
+        assert found == expected
+    assert [position for a in threaded for position, _ in a.bad] == [16]
+
+
+def test_only_what_can_be_read_by_threads_is(tmp_path):
+    assert files(tmp_path, as_bytes(PLAIN)).for_threads()
+    assert not files(tmp_path, as_bytes(FLIP)).for_threads()
+    assert not files(tmp_path, PLAIN).for_threads()
+    assert not files(tmp_path, as_bytes(PLAIN), "torchcodec").for_threads()
+    assert not Chunks(Grey(), as_bytes(PLAIN), keys(9), 3, 0).for_threads()
+
+
+def test_a_fault_in_a_thread_names_the_image(tmp_path, monkeypatch):
+    chunks = files(tmp_path, as_bytes(PLAIN))
+
+    def fail(path, *_):
+        raise AttributeError(f"no {path.name}")
+
+    monkeypatch.setattr(loader, "decode_file", fail)
+    with pytest.raises(InputError, match=r"image cat/00.png: AttributeError: no 00.png"):
+        list(load_chunks(chunks, 0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -124,6 +124,30 @@ def test_the_rows_of_vgg16_for_five_thousand_images(card):
         assert places[-6:] == ["device"] * 6
 
 
+def test_a_pass_that_ends_early_is_planned_with_what_it_holds():
+    whole = forward_of("alexnet")
+    early = replace(whole, peaks={"layer0": 50 * 10**6, "layer1": 60 * 10**6})
+    assert early.peak_to(["layer0"]) == 50 * 10**6
+    assert early.peak_to(["layer1", "layer0"]) == 60 * 10**6
+    assert early.peak_to(["layer0", "layer2"]) == early.peak_to([]) == whole.peak_bytes == 74_342_400
+    room = Room(150 * 10**6)
+    made = [plan(room=room, forward=forward) for forward in (whole, early)]
+    assert [row.place for row in made[0].rows[:2]] == [row.place for row in made[1].rows[:2]] == ["recompute"] * 2
+    gained = [after.work_bytes - before.work_bytes for before, after in zip(made[0].rows, made[1].rows, strict=True)]
+    assert gained[0] == 74_342_400 - 50 * 10**6
+    assert gained[1] == 74_342_400 - 60 * 10**6
+    assert made[1].rows[0].passes < made[0].rows[0].passes
+    assert made[1].total_bytes <= room.free_bytes
+
+
+def test_decoding_takes_a_cpus_cores_and_goes_on_beside_a_gpu():
+    forward = forward_of("alexnet", decode_s=0.0015)  # of a pass of one second, three quarters
+    capture = [
+        plan(device=device, forward=replace(forward, pixel_bytes=10**9)).steps[0].capture_s for device in (CPU, CUDA)
+    ]
+    assert capture == pytest.approx([1.75, 1.0])
+
+
 def test_a_pass_holds_its_rows_a_forward_pass_and_then_k_means_beside_the_rows_that_are_left():
     made = plan()
     (step,) = made.steps

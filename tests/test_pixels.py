@@ -112,6 +112,32 @@ def test_each_input_is_memory_of_its_own(folder):
     assert all(torch.equal(some, expected) for (*_, some), expected in zip(given.again(), inputs, strict=True))
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_input_lies_where_the_one_before_lay_unless_something_refers_to_that(folder, keep):
+    given = make(images(folder), SPLIT, 4, keep=keep)
+    list(given.first())
+    expected = [some.clone() for *_, some in given.again()]
+    places, held = [], []
+    passing = given.again()
+    for number in range(9):
+        some = next(passing)[2]
+        places.append(some.data_ptr())
+        if number == 3:
+            held.append(some[1, 2, 3:])
+        del some
+    assert len(set(places)) == 2
+    assert places[3] != places[4] == places[8]
+    assert torch.equal(held[0], expected[3][1, 2, 3:])
+
+
+def test_where_the_network_is_on_a_cpu_known_transforms_of_files_need_no_processes(folder):
+    assert make(images(folder), SPLIT, workers=None).workers == 0
+    assert make(images(folder), SPLIT, workers=3).workers == 3
+    assert make(images(folder), whole, workers=None).workers is None
+    assert make(images(folder), SPLIT, workers=None, device=torch.device("meta")).workers is None
+    assert make(open_images(Pictures([0, 1] * 40)), SPLIT, workers=None).workers is None
+
+
 @pytest.mark.parametrize(("name", "size"), [("split", 3 * 8 * 9), ("whole", 3 * 8 * 8 * 4)])
 def test_what_is_kept_has_the_size_foretold_and_is_given_back(folder, name, size, monkeypatch):
     source = images(folder)

@@ -16,7 +16,7 @@ from torchvision.transforms._presets import ImageClassification
 from gpuclust.arithmetic import seeded
 from gpuclust.capture import transport
 from gpuclust.capture.decode import to_rgb
-from gpuclust.capture.transport import as_bytes
+from gpuclust.capture.transport import LookUp, Normalized, as_bytes
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -135,11 +135,37 @@ def test_many_values_are_looked_up_group_by_group(monkeypatch):
     for most in (1, 3 * 3 * 32 * 32, 1 << 30):
         monkeypatch.setattr(transport, "_LOOK_UP", {"cpu": most})
         out = torch.empty(sent.shape)
-        split.floats(CPU, out.dtype)(sent, out)
+        LookUp(split.values)(sent, out)
         found.append(out)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[0], split.values[torch.arange(3).view(3, 1, 1), sent.long()])
+
+
+@pytest.mark.parametrize("name", ["preset", "v1", "grey", "one mean", "in place"])
+def test_arithmetic_in_place_of_a_look_up_where_it_has_the_same_bits(name, monkeypatch):
+    split = as_bytes(SPLIT[name])
+    assert isinstance(split.floats(CPU, torch.float32), Normalized)
+    assert isinstance(split.floats(CPU, torch.bfloat16), LookUp)
+    sent = torch.randint(0, 256, (3, len(split.values), 20, 30), dtype=torch.uint8)
+    found, expected = torch.empty(2, *sent.shape)
+    split.floats(CPU, torch.float32)(sent, found)
+    LookUp(split.values)(sent, expected)
+    assert torch.equal(found, expected)
+    # One last bit of one byte is enough to look up instead.
+    assert transport._normalize([NORMALISE[0]], as_bytes(SPLIT["v1"]).values) is not None
+    values = as_bytes(SPLIT["v1"]).values.clone()
+    values[-1, 200] = values[-1, 200].nextafter(torch.tensor(9.0))
+    assert transport._normalize([NORMALISE[0]], values) is None
+
+
+def test_it_is_known_what_draws_and_what_works_on_pictures():
+    flip = v1.Compose([v1.Resize((20, 20)), v1.RandomHorizontalFlip(), v1.ToTensor()])
+    assert as_bytes(flip).draws()
+    assert as_bytes(flip).on_pictures()
+    assert not as_bytes(SPLIT["preset"]).draws()
+    assert as_bytes(SPLIT["preset"]).on_pictures()
+    assert not as_bytes(SPLIT["v1 resized as a tensor"]).on_pictures()
 
 
 def test_it_can_be_sent_to_another_process():
