@@ -19,6 +19,7 @@ from gpuclust.arithmetic import seeded
 from gpuclust.capture.dry import counted_batch, decode_seconds, dry_batch
 from gpuclust.capture.images import ImageSource, open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
+from gpuclust.capture.layout import find_memory_format
 from gpuclust.capture.loader import MAX_WORKERS, default_workers
 from gpuclust.capture.memory import Forward, MemoryPlan, Room
 from gpuclust.capture.models import Network, load_network, with_usual_transform
@@ -89,6 +90,8 @@ class Setup:
     dtype, input_dtype : torch.dtype
         Of the stored rows, and of what the network takes.
     clusters, batch_size : int
+    memory_format : torch.memory_format
+        Of the network's inputs.
     room : Room
         The memory there was before the network came to the device.
     module_bytes : int
@@ -111,6 +114,7 @@ class Setup:
     input_dtype: torch.dtype
     clusters: int
     batch_size: int
+    memory_format: torch.memory_format
     room: Room
     module_bytes: int
     forward: Forward
@@ -179,6 +183,7 @@ class Setup:
             dtype=self.input_dtype,
             workers=self.settings.workers,
             keep=False,
+            memory_format=self.memory_format,
         )
         passes = Passes(self.network, pixels, self.settings.seed)
         return Capture(passes, self.dtype, self.reductions, thumbs, self.settings.spill)
@@ -214,7 +219,12 @@ class Setup:
         return {
             **({"command": command_line(model, os.fspath(data), self.settings)} if command else {}),
             "options": self.options(),
-            "network": {"name": self.network.name, "weights": self.network.weights, "notes": self.network.notes},
+            "network": {
+                "name": self.network.name,
+                "weights": self.network.weights,
+                "memory_format": str(self.memory_format).removeprefix("torch."),
+                "notes": self.network.notes,
+            },
             "plan": self.plan(self.layers).describe(),
             "hardware": hardware(str(self.device)),
             "versions": versions(),
@@ -291,6 +301,7 @@ def prepare(network: Network, images: ImageSource | Imagined, settings: Options)
         layers = choose_layers(found, settings.layers)
         widest = max(layer.values for layer in found)
         batch_size = settings.batch_size or usual_batch(device, widest)
+        memory_format = find_memory_format(module, example)
         forward = dry_batch(
             module,
             layers,
@@ -302,6 +313,7 @@ def prepare(network: Network, images: ImageSource | Imagined, settings: Options)
             decode_s=decode_seconds(
                 images.holds_pictures(), default_workers(images.n) if settings.workers is None else settings.workers
             ),
+            memory_format=memory_format,
         )
         room = Room(
             free,
@@ -321,6 +333,7 @@ def prepare(network: Network, images: ImageSource | Imagined, settings: Options)
             input_dtype,
             clusters,
             batch_size,
+            memory_format,
             room,
             module_bytes,
             forward,

@@ -53,6 +53,20 @@ def all_of(first):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_inputs_have_the_memory_format_asked_for(folder, name, dtype):
+    source, last = images(folder), torch.channels_last
+    expected = list(source.batches(TRANSFORMS[name], 7, 0))
+    for keep in (False, True):
+        pixels = Pixels(source, TRANSFORMS[name], 7, device=CPU, dtype=dtype, workers=0, keep=keep, memory_format=last)
+        passed = [(given.stride(), given.clone()) for _, given, _ in pixels.first()]
+        passed += [(given.stride(), given.clone()) for *_, given in pixels.again()]
+        for batch, (strides, given) in zip(2 * expected, passed, strict=True):
+            assert torch.equal(given, batch.images.to(dtype))
+            assert strides == torch.empty(given.shape, memory_format=last).stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 20, 64])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_every_pass_gives_what_the_transform_gives(folder, name, batch_size, dtype):

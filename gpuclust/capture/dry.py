@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpuclust.arithmetic import seeded
 from gpuclust.capture.layers import Layer
+from gpuclust.capture.layout import CONTIGUOUS
 from gpuclust.capture.memory import Forward
 from gpuclust.capture.pixels import staged_bytes
 from gpuclust.capture.stream import ActivationStream
@@ -36,7 +37,7 @@ def dry_batch(
     widest: int,
     pixel_bytes: int,
     decode_s: float,
-    measured: bool = True,
+    memory_format: torch.memory_format = CONTIGUOUS,
 ) -> Forward:
     """Run the network on a batch of random numbers, twice: the second time is measured.
 
@@ -54,15 +55,12 @@ def dry_batch(
         Of one image between passes.
     decode_s
         Seconds for reading and decoding one image.
-    measured
-        Whether to run it; else the peak is what the sizes say, and the seconds are 0.
+    memory_format
+        Of the batch.
     """
     device, reach, peaks = example.device, dict[str, float](), dict[str, int]()
     images = batch_size * example[0].numel() * example.element_size()
     staged = staged_bytes(batch_size, pixel_bytes, device.type)
-    if not measured or not layers:
-        peak = _FORWARD_COPIES * batch_size * widest * 4 + images
-        return Forward(batch_size, peak, 0.0, reach, pixel_bytes, decode_s)
 
     def run(watched: PeakMemory | None = None) -> float:
         started = time.perf_counter()
@@ -74,7 +72,8 @@ def dry_batch(
                 peaks[layer.name] = max(held, images) + staged
 
         with ActivationStream(module, layers) as stream, seeded(0):
-            batch = torch.rand(batch_size, *example.shape[1:], device=device).to(example.dtype)
+            shape = (batch_size, *example.shape[1:])
+            batch = torch.empty(shape, dtype=example.dtype, device=device, memory_format=memory_format).uniform_()
             with users_code(f"{name} on {batch_size} images raised"):
                 stream.forward(batch, arrive)
         _wait(device)

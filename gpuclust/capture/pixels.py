@@ -18,6 +18,7 @@ from torch import Tensor
 from gpuclust.capture.batches import Batch, without_images
 from gpuclust.capture.images import ImageSource
 from gpuclust.capture.keys import Keys
+from gpuclust.capture.layout import CONTIGUOUS
 from gpuclust.capture.loader import Transform
 from gpuclust.capture.transport import ByteTransform, as_bytes, look_up_bytes
 from gpuclust.cluster.sources.staging import Piece, Staging
@@ -44,9 +45,9 @@ class Pixels:
     """The images of a run in batches on the device: decoded once where they are kept there, else in every pass.
 
     Pictures travel as bytes where their transform allows it (`as_bytes`), and are kept so; all others as float32.
-    Every input is contiguous memory of its own, freshly written, since a network's rounding may depend on how its
-    input lies; and batches are cut at the same images in every pass. In host memory it is that of the input before, if
-    nothing refers to that any more.
+    Every input is memory of its own, freshly written and of one memory format, since a network's rounding may depend on
+    how its input lies; and batches are cut at the same images in every pass. In host memory it is that of the input
+    before, if nothing refers to that any more.
 
     Parameters
     ----------
@@ -62,6 +63,8 @@ class Pixels:
         between its batches, if the images are files and their transform is a known one.
     keep : bool
         Whether the first pass keeps the images on the device for later ones; may be set until it begins.
+    memory_format : torch.memory_format
+        Of the network's input; see `find_memory_format`.
 
     Attributes
     ----------
@@ -81,9 +84,10 @@ class Pixels:
         dtype: torch.dtype,
         workers: int | None,
         keep: bool,
+        memory_format: torch.memory_format = CONTIGUOUS,
     ) -> None:
         self.images, self.batch_size, self.keep = images, batch_size, keep
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.memory_format = device, dtype, memory_format
         self.n = 0
         self._transform, self._sent = _transport(images, transform)
         split = self._transform if isinstance(self._transform, ByteTransform) else None
@@ -111,7 +115,7 @@ class Pixels:
         if not self.keep:
             self._kept = None  # of a first pass that was given up
         known: deque[Batch] = deque()  # of the batches that are on their way
-        inputs, start = _Inputs(self.device, self.dtype), 0
+        inputs, start = _Inputs(self.device, self.dtype, self.memory_format), 0
         with closing(self._arrived(_told_apart(self._groups(), known))) as batches:
             for parts in batches:
                 batch = known.popleft()
@@ -136,7 +140,8 @@ class Pixels:
             If an image that is decoded once more cannot be read now, or has another shape.
         """
         numbers = range(-(-self.n // self.batch_size)) if wanted is None else sorted(set(wanted))
-        starts, inputs = [number * self.batch_size for number in numbers], _Inputs(self.device, self.dtype)
+        starts = [number * self.batch_size for number in numbers]
+        inputs = _Inputs(self.device, self.dtype, self.memory_format)
         if self._kept is not None:
             for number, start in zip(numbers, starts, strict=True):
                 kept = self._kept[start : min(start + self.batch_size, self.n)]
@@ -202,19 +207,20 @@ class _Inputs:
     system takes longer to map an input than it takes to fill it.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+        self._device, self._dtype, self._memory_format = device, dtype, memory_format
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._unused = self._references()
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """Contiguous memory that no tensor refers to."""
+        """Memory of the pass's format that no tensor refers to."""
         if self._device.type != "cpu":
-            return torch.empty(shape, dtype=self._dtype, device=self._device)
+            return torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=self._memory_format)
         values = math.prod(shape)
         if len(self._memory) < values * self._dtype.itemsize or self._references() > self._unused:
             self._memory = mmap.mmap(-1, values * self._dtype.itemsize)
-        return torch.frombuffer(self._memory, dtype=self._dtype, count=values).view(shape)
+        strides = torch.empty(shape, device="meta", memory_format=self._memory_format).stride()
+        return torch.frombuffer(self._memory, dtype=self._dtype, count=values).as_strided(shape, strides)
 
     def _references(self) -> int:
         """A tensor refers to its memory for as long as it, or a view of it, is there."""

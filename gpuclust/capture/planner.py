@@ -227,7 +227,7 @@ class _Maker:
     def _streamed(self, layer: Layer, left: int, index: int, decode_s: float, rows: dict[str, LayerPlan]) -> Step:
         """A layer whose rows do not fit on the device: the fastest of the ways that there are."""
         # While rows are computed anew, a forward pass goes on beside k-means, or a batch's activations and rows wait.
-        size, batch = self._rows(layer), self.forward.batch_size * self._width(layer) * (4 + self.dtype.itemsize % 4)
+        size, batch = self._rows(layer), self.forward.batch_size * self._width(layer) * (4 + self.dtype.itemsize)
         forward_bytes = self._forward_bytes([layer])
         held = max(forward_bytes, batch)
         reach_s = self._both(decode_s, self._reach_s(layer))

@@ -1,0 +1,59 @@
+"""How a network's inputs lie in memory: its rounding depends on it, so it is the network's and the device's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gpuclust.arithmetic import full_precision, seeded
+from gpuclust.capture.trace import eval_mode, first_tensor
+from gpuclust.errors import is_out_of_memory
+
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+# Relative to the largest value: ways of rounding differ by less, and values in each other's place by more.
+_CLOSE = 1e-2
+
+
+def find_memory_format(module: nn.Module, example: Tensor) -> torch.memory_format:
+    """The memory format of `module`'s inputs: channels last where that pays and the network computes the same in it.
+
+    It pays on the CPU, where convolutions keep the format of their input and the library behind them computes in it:
+    without it each of them reorders its input and output. On a GPU that holds for half precision alone, and full
+    float32 stays as it is. Where the activations are views that no other format has (``x.view(len(x), -1)``), torch
+    raises, and the network's own format is kept.
+
+    Parameters
+    ----------
+    module
+        The network, on its device.
+    example
+        One image ``(1, c, h, w)`` as it takes it.
+    """
+    pays = example.device.type == "cpu" and any(isinstance(part, nn.Conv2d) for part in module.modules())
+    if not pays or example.ndim != 4:
+        return CONTIGUOUS
+    with seeded(0):  # two, since some networks squeeze one
+        images = torch.rand(2, *example.shape[1:], device=example.device).to(example.dtype)
+    expected, found = (
+        _output(module, torch.empty_like(images, memory_format=way).copy_(images))
+        for way in (CONTIGUOUS, CHANNELS_LAST)
+    )
+    return CHANNELS_LAST if _same(expected, found) else CONTIGUOUS
+
+
+def _output(module: nn.Module, images: Tensor) -> Tensor | None:
+    """What a forward pass ends with; None where it raises."""
+    try:
+        with eval_mode(module), full_precision(images.device), seeded(0):
+            return first_tensor(module(images))
+    except Exception as error:  # where it raises in any format, whoever captures its layers says so
+        if is_out_of_memory(error):
+            raise
+        return None
+
+
+def _same(expected: Tensor | None, found: Tensor | None) -> bool:
+    if expected is None or found is None or found.shape != expected.shape or not expected.is_floating_point():
+        return False
+    largest = expected.abs().nan_to_num(0.0, 0.0).max().item() if expected.numel() else 0.0
+    return torch.allclose(found, expected, rtol=_CLOSE, atol=_CLOSE * largest, equal_nan=True)
