@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +20,7 @@ from gpuclust import analyze
 from gpuclust.arithmetic import full_precision
 from gpuclust.capture.images import open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
+from gpuclust.capture.layout import find_memory_format
 from gpuclust.capture.models import Network
 from gpuclust.capture.passes import Passes
 from gpuclust.capture.pixels import Pixels
@@ -92,7 +94,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pass_over_files(
     name: str, kept: bool, pictures: Path, device: torch.device, in_turn: Callable, record: Callable
 ) -> None:
-    """From files (or images kept as bytes by a pass before) to rows in their stores, beside the bare forward pass."""
+    """From files (or images kept as bytes by a pass before) to rows in their stores, beside the bare forward pass.
+
+    That is the network as it comes, and once more with the inputs in the memory format that the capture chose for them.
+    """
     torch.manual_seed(0)
     network = getattr(torchvision.models, name)(weights=None).eval().to(device)
     images = open_images(pictures, per_class=PICTURES // 2)
@@ -108,6 +113,7 @@ def test_a_pass_over_files(
         dtype=torch.float32,
         workers=None,
         keep=kept,
+        memory_format=find_memory_format(network, example),
     )
     passes = Passes(Network(name, network, None, None, {}), pixels, 0)
     stores: dict[str, LayerStore] = {}
@@ -125,16 +131,20 @@ def test_a_pass_over_files(
 
     inputs = [batch for _, batch, _ in pixels.first()]
 
-    def bare() -> None:
+    def bare(batches: Sequence[Tensor]) -> None:
         with torch.no_grad(), full_precision(device):
-            for batch in inputs:
+            for batch in batches:
                 network(batch)
 
-    capture_s, bare_s = in_turn(capture, bare, FILE_ROUNDS, warmup=1)
     case = f"{name} auto, {PICTURES} JPEGs of 320 x 256, float32, batch {batch_size}"
     what = "pass over images kept as bytes" if kept else "pass over files"
-    record(case, "bare forward pass", bare_s, images_per_s=PICTURES / median(bare_s))
-    record(case, what, capture_s, bare_s, beside="bare forward pass", images_per_s=PICTURES / median(capture_s))
+    sides = {"bare forward pass": [batch.contiguous() for batch in inputs]}
+    if pixels.memory_format != torch.contiguous_format:
+        sides["bare forward pass, channels last"] = inputs
+    for beside, batches in sides.items():
+        capture_s, bare_s = in_turn(capture, partial(bare, batches), FILE_ROUNDS, warmup=1)
+        record(case, beside, bare_s, images_per_s=PICTURES / median(bare_s))
+        record(case, what, capture_s, bare_s, beside=beside, images_per_s=PICTURES / median(capture_s))
 
 
 @pytest.mark.parametrize("times", [1, 2, 4])

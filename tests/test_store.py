@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -23,13 +25,24 @@ def filled(batches: list[torch.Tensor], dtype: torch.dtype = torch.float32, n: i
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_the_activations_in_c_order(layout, dtype):
-    batches = [random(b, 3, 4, 5, seed=b) for b in (7, 7, 2)]
+@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 4, 5), (4, 1, 1), (2, 33, 64)], ids=str)
+def test_rows_are_the_activations_in_c_order(layout, dtype, shape):
+    batches, d = [random(b, *shape, seed=b) for b in (7, 7, 2)], math.prod(shape)
     store = filled([batch.contiguous(memory_format=layout) for batch in batches], dtype)
-    assert torch.equal(store.rows, torch.cat(batches).reshape(16, 60).to(dtype))
-    assert store.shape == (16, 60)
+    assert torch.equal(store.rows, torch.cat(batches).reshape(16, d).to(dtype))
+    assert store.shape == (16, d)
     assert store.scale == 1.0
     assert store.dtype == dtype
+
+
+def test_float16_rows_do_not_depend_on_how_activations_lie():
+    batches = [random(3, 2, 33, 64, seed=b) * 1e5 ** (b + 1) for b in range(3)]
+    expected, found = (
+        filled([batch.contiguous(memory_format=layout) for batch in batches], torch.float16)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    )
+    assert found.scale == expected.scale < 1
+    assert torch.equal(found.rows, expected.rows)
 
 
 def test_a_vector_per_batch_is_one_column():

@@ -15,6 +15,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF_LIMIT = 65504.0  # the largest finite float16
 # A fresh scale puts the largest magnitude into [2^13, 2^14): two doublings before it must be lowered.
 HALF_HEADROOM = 13
+# Channels that are last come first for so many positions at a time, which stay in a core's cache: a third of the time.
+_POSITIONS = 1024
 
 
 class Scale:
@@ -45,12 +47,26 @@ class Scale:
 
 def put_rows(activations: Tensor, rows: Tensor, scale: float = 1.0) -> None:
     """Write activations ``(b, ...)`` times ``scale`` into rows ``(b, d)``, flattened in C order of their shape."""
-    # The rows seen in the activations' own shape: one strided copy, whatever their memory format.
+    # The rows seen in the activations' own shape: a strided copy, whatever their memory format.
     place = rows.view(activations.shape)
-    if scale == 1.0:
-        place.copy_(activations)
-    else:
-        torch.mul(activations.float(), scale, out=place)
+    pieces = [(activations, place)]
+    if activations.device.type == "cpu" and _has_channels_last(activations):
+        pieces = list(
+            zip(activations.flatten(2).split(_POSITIONS, 2), place.flatten(2).split(_POSITIONS, 2), strict=True)
+        )
+    for some, into in pieces:
+        if scale == 1.0:
+            into.copy_(some)
+        else:
+            torch.mul(some.float(), scale, out=into)
+
+
+def _has_channels_last(activations: Tensor) -> bool:
+    return (
+        activations.ndim == 4
+        and not activations.is_contiguous()
+        and activations.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def largest_finite(activations: Tensor, start: int, name: str, dtype: torch.dtype) -> float:
@@ -61,7 +77,8 @@ def largest_finite(activations: Tensor, start: int, name: str, dtype: torch.dtyp
     InputError
         If one of them is NaN or infinite.
     """
-    low, high = torch.aminmax(activations)
+    # torch takes 25 times as long where channels are last and it is not shown that they are.
+    low, high = torch.aminmax(activations.permute(0, 2, 3, 1) if _has_channels_last(activations) else activations)
     largest = max(-low.item(), high.item())
     if not math.isfinite(low.item() + high.item()):
         refuse(activations.reshape(activations.shape[0], -1), start, name, dtype)
