@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms._presets import ImageClassification
 
-from gpuclust import analyze
+from gpuclust import analyze, plan
 from gpuclust.arithmetic import full_precision
 from gpuclust.capture.images import open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
@@ -26,6 +26,7 @@ from gpuclust.capture.passes import Passes
 from gpuclust.capture.pixels import Pixels
 from gpuclust.capture.store import LayerStore
 from gpuclust.capture.stream import ActivationStream
+from gpuclust.peak import PeakMemory
 from gpuclust.prepare import usual_batch
 
 IMAGES = 256
@@ -151,18 +152,24 @@ def test_a_pass_over_files(
 def test_cost_grows_with_the_images(
     times: int, pictures: Path, device: torch.device, in_turn: Callable, record: Callable
 ) -> None:
-    """Whole runs of 1x, 2x and 4x images: seconds, and what the process holds beside the rows."""
+    """Whole runs of 1x, 2x and 4x images: seconds, and the peak of memory beside the plan's (without its reserve)."""
     torch.manual_seed(0)
     network = torchvision.models.alexnet(weights=None).eval()
+    model = network, ImageClassification(crop_size=224)
     options: dict[str, Any] = {"layers": "conv3,conv5,fc6", "device": str(device), "per_class": times * PICTURES // 2}
 
     def run() -> None:
-        analyze((network, ImageClassification(crop_size=224)), pictures, **options)
+        analyze(model, pictures, **options)
 
     run_s, _ = in_turn(run, lambda: None, 3, warmup=0)
+    planned = plan(model, pictures, **options)
+    watched = PeakMemory(device, by_torch=True)
+    run()
     record(
         f"AlexNet conv3, conv5, fc6, {times * PICTURES} JPEGs",
         "run",
         run_s,
         images_per_s=times * PICTURES / median(run_s),
+        peak_bytes=watched.peak_bytes(),
+        note=f"planned {planned.total_bytes - planned.room.reserve_bytes}",
     )

@@ -149,7 +149,7 @@ def plan(
     model, data, **options
         As in `analyze`.
     images : int, optional
-        Plan for so many images, in place of ``data``; ``clusters`` of them are classes (10 by default).
+        Plan for so many images, in place of ``data``: of the ``classes``, or else of ``clusters`` of them (10).
     card : int or str, optional
         Plan for a GPU with so much memory (``80GB``), which need not be there; seconds are those of an H100.
 
@@ -166,7 +166,10 @@ def plan(
     if images is None:
         source: ImageSource | Imagined = find_images(data, settings)
     else:
-        source = Imagined(images, tuple(f"class {i}" for i in range(settings.clusters or 10)))
+        if images < 1:
+            raise InputError(f"a plan is for at least one image; got --images {images}")
+        classes = settings.classes or tuple(f"class {i}" for i in range(settings.clusters or 10))
+        source = Imagined(images, classes)
     network = find_network(model, source, settings, download=False)
     with in_memory(), prepare(network, source, settings) as setup:
         if card is not None:

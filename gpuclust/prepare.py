@@ -271,10 +271,13 @@ def prepare(network: Network, images: ImageSource | Imagined, settings: Options)
     Raises
     ------
     InputError
-        For more clusters than images, unknown layers, a network that does not take the images.
+        For more clusters than images, unknown layers, a network that does not take the images, a ``spill`` that is no
+        folder.
     UnavailableError
         If the device is not there.
     """
+    if settings.spill and not os.path.isdir(settings.spill):
+        raise InputError(f"{settings.spill!r} is no folder: make it, or give another --spill")
     device = find_device(environment().device or "auto" if settings.device == "auto" else settings.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -497,3 +497,33 @@ def test_the_plan_downloads_no_weights(folder: Path, monkeypatch: pytest.MonkeyP
     assert plan.rows[0].d == 32 * 192 * 192
     with pytest.raises(InputError, match="unknown weights 'IMAGENET1K_V9'"):
         gpuclust.plan("alexnet", folder, weights="IMAGENET1K_V9")
+
+
+def test_a_plan_for_images_that_are_not_there_counts_the_classes_it_is_given() -> None:
+    for options, k in (({}, 10), ({"clusters": 3}, 3), ({"classes": ("a", "b")}, 2)):
+        plan = gpuclust.plan("squeezenet1_1", images=40, card="8GB", weights="none", **options)
+        assert plan.n == 40
+        assert plan.device == "cuda:0"
+        assert plan.rows[0].bytes == 40 * 64 * 111 * 111 * 4
+        assert plan.room.free_bytes == int(8e9 * 0.95)
+        with pytest.raises(InputError, match=f"{k} clusters were asked for, and there are 1 images"):
+            gpuclust.plan("squeezenet1_1", images=1, card="8GB", weights="none", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"images": 0}, "at least one image; got --images 0"),
+        ({"images": 10, "card": "nonsense"}, "a size is a number with .*; got 'nonsense'"),
+        ({}, "give one of the two"),
+    ],
+)
+def test_a_plan_for_nothing_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        gpuclust.plan("squeezenet1_1", weights="none", **options)
+
+
+def test_rows_go_to_no_folder_that_is_not_there(tmp_path: Path) -> None:
+    for place in (tmp_path / "none", Path(__file__)):
+        with pytest.raises(InputError, match="is no folder: make it, or give another --spill"):
+            gpuclust.analyze(cases.small_net(), cases.Pictures(), spill=place)
