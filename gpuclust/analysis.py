@@ -209,10 +209,13 @@ def cluster_layers(
                         kept = True
                     index = setup.layers.index(rows.layer)
                     bar.layer(rows.layer.name, len(setup.layers) - len(left), len(setup.layers))
-                    with named(f"layer {rows.layer.name}"):
-                        result = study(setup, rows, samples, bar, note)
-                    left.remove(rows.layer)
-                    del rows  # and with it the memory, before the next layer comes
+                    layer = rows.layer
+                    try:
+                        with named(f"layer {layer.name}"):
+                            result = study(setup, rows, samples, bar, note)
+                    finally:
+                        del rows  # and with it the memory, before the next layer comes, or this one anew
+                    left.remove(layer)
                     yield index, result
         except Exception as error:
             if not is_out_of_memory(error):

@@ -35,6 +35,8 @@ def give_back(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        # Page-locked memory, which torch keeps by powers of two; the function has no public name.
+        getattr(torch._C, "_host_emptyCache", lambda: None)()
     else:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim:

@@ -19,7 +19,7 @@ from gpuclust.arithmetic import seeded
 from gpuclust.capture.dry import counted_batch, decode_seconds, dry_batch
 from gpuclust.capture.images import ImageSource, open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
-from gpuclust.capture.layout import find_memory_format
+from gpuclust.capture.layout import CONTIGUOUS, find_memory_format
 from gpuclust.capture.loader import MAX_WORKERS, default_workers
 from gpuclust.capture.memory import Forward, MemoryPlan, Room
 from gpuclust.capture.models import Network, load_network, with_usual_transform
@@ -156,11 +156,12 @@ class Setup:
         """The same on a GPU with so many bytes, which need not be there: what a plan needs to know of it."""
         device = torch.device("cuda", 0)
         module, example = unwrap(self.network.module), self.example
+        batch_size = self.settings.batch_size or usual_batch(device, self.widest)
         forward = counted_batch(
             module,
             self.layers,
             example,
-            min(self.settings.batch_size or usual_batch(device, self.widest), self.images.n),
+            min(batch_size, self.images.n),
             widest=self.widest,
             pixel_bytes=self.forward.pixel_bytes,
             decode_s=decode_seconds(self.images.holds_pictures(), MAX_WORKERS),
@@ -170,7 +171,13 @@ class Setup:
             self.room, free_bytes=int(size * _CARD_SHARE), host_bytes=free_bytes(torch.device("cpu")), reserve_bytes=0
         )
         return replace(
-            self, device=device, room=room, forward=forward, module_bytes=sum(value.nbytes for value in values)
+            self,
+            device=device,
+            batch_size=batch_size,
+            memory_format=CONTIGUOUS,
+            room=room,
+            forward=forward,
+            module_bytes=sum(value.nbytes for value in values),
         )
 
     def capture(self, thumbs: Callable[[], Any]) -> Capture:
@@ -222,7 +229,7 @@ class Setup:
             "network": {
                 "name": self.network.name,
                 "weights": self.network.weights,
-                "memory_format": str(self.memory_format).removeprefix("torch."),
+                "memory_format": _name(self.memory_format),
                 "notes": self.network.notes,
             },
             "plan": self.plan(self.layers).describe(),
@@ -253,6 +260,7 @@ class Setup:
             **settings,
             "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             "layers": [layer.name for layer in self.layers],
+            "memory_format": _name(self.memory_format),
             **of_network(unwrap(self.network.module), self.network.transform),
             "images": self.images.fingerprint(),
         }
@@ -422,6 +430,10 @@ def find_images(data: Any, settings: Options) -> ImageSource:
         max_pixels=settings.max_pixels,
         decoder=settings.decoder,
     )
+
+
+def _name(memory_format: torch.memory_format) -> str:
+    return str(memory_format).removeprefix("torch.")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gpuclust
+from gpuclust import analysis
 from gpuclust.capture.store import LayerStore
 from gpuclust.cluster.backends.torch import TorchBackend
 from gpuclust.compare.result import COLUMNS
@@ -294,6 +296,28 @@ def test_memory_that_runs_out_all_the_same_is_planned_again_then_said_in_one_lin
     with pytest.raises(MemoryLimitError, match=r"needs .*, and the memory limit is|memory ran out where") as caught:
         gpuclust.analyze(model(), folder)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_whose_clustering_ran_out_of_memory_are_gone_before_they_come_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, allocate, alive, held = analysis.study, LayerStore.__init__, [], []
+
+    def scarce(setup: Any, rows: Any, *arguments: Any) -> Any:
+        alive.append(weakref.ref(rows.source))
+        if len(alive) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return cluster(setup, rows, *arguments)
+
+    def watched(self: LayerStore, *arguments: Any, **options: Any) -> None:
+        held.append([each() for each in alive[:1] if each() is not None])
+        allocate(self, *arguments, **options)
+
+    monkeypatch.setattr(analysis, "study", scarce)
+    monkeypatch.setattr(LayerStore, "__init__", watched)
+    found = gpuclust.analyze(model(), folder)
+    assert len(alive) == len(found.results) + 1
+    assert held == [[]] * len(held)
 
 
 @pytest.mark.parametrize("option", [{"backend": "cupy"}, {"backend": "cuml"}, {"device": "cuda:97"}], ids=str)

@@ -24,7 +24,7 @@ from gpuclust.report import load_report
 CODES = {"error": 1, "full": 1, "interrupt": 1, "exit": 3, "kill": -signal.SIGKILL}
 SAID = {"error": "an injected fault", "full": "No space left on device", "interrupt": "KeyboardInterrupt"}
 # The call of each stage that fails: in the second batch, or at the second layer.
-STAGES = {"decode": 15, "forward": 3, "store": 3, "cluster": 2}
+STAGES = {"decode": 15, "forward": 7, "store": 3, "cluster": 2}
 TWO = ["conv2", "fc3"]
 
 

@@ -257,3 +257,18 @@ def test_the_order_of_keys_is_that_of_a_known_hash():
     assert key_hash(0, "cat/1.png").hex()[:16] == "c54c2f9f7dd9bde5"
     assert key_hash(1, "cat/1.png") != key_hash(0, "cat/1.png")
     assert len(key_hash(0, "caf\udce9.png")) == 32  # a name that is not UTF-8
+
+
+def test_memory_that_runs_out_is_no_images_fault():
+    class Scarce(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == 1:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+            return torch.zeros(3, 4, 4), 0
+
+    for error, workers in ((RuntimeError, 0), (RuntimeError, 1)):
+        with pytest.raises(error, match="allocate memory"):
+            list(load_chunks(Chunks(DatasetReader(Scarce()), None, ["0", "1", "2"], 2, 0), workers))

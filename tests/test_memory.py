@@ -250,3 +250,30 @@ def test_the_table_is_printable_and_tells_what_else_could_be_done():
     assert text.splitlines()[-1].startswith(f"with --dtype float16: {half.passes} passes")
     assert made.describe()["passes"] == made.passes
     assert str(plan("vgg16", room=Room(16 * GB, GB))).splitlines()[-1].startswith("it does not fit: ")
+
+
+@pytest.mark.parametrize("reduce_bytes", [{}, {"layer0": 8 * 10**6, "layer7": 8 * 10**6}], ids=["", "reduced"])
+def test_a_layer_that_fits_alone_has_a_pass_where_a_deeper_one_takes_more(reduce_bytes):
+    shallow = replace(forward_of("alexnet"), peaks={f"layer{i}": (5 + 9 * i) * 10**6 for i in range(8)})
+    places = set()
+    for size in range(150, 600, 5):  # the plan is whole at every size, and within it
+        made = plan(room=Room(size * 10**6), forward=shallow, reduce_bytes=reduce_bytes)
+        assert {row.name for row in made.rows} == {f"layer{i}" for i in range(8)}
+        assert made.short_bytes or made.total_bytes <= size * 10**6
+        places |= {row.place for row in made.rows}
+    assert places == {"device", "recompute"}
+
+
+def test_a_pass_that_finds_the_scale_and_one_that_decodes_are_counted():
+    forward = forward_of("alexnet", decode_s=0.5, pixel_bytes=10**9)
+
+    def made(dtype, kept=None):
+        given = {"device": CPU, "clusters": 5, "n_init": 10, "module_bytes": 0, "room": Room(120 * 10**6)}
+        return make_plan("alexnet", layers_of("alexnet")[:1], 500, dtype=dtype, forward=forward, kept=kept, **given)
+
+    half, brain = made(torch.float16), made(torch.bfloat16)
+    assert half.rows[0].place == brain.rows[0].place == "recompute"
+    assert half.passes == brain.passes + 1
+    assert half.seconds > brain.seconds
+    assert half.steps[0].capture_s == 500 * 0.5
+    assert made(torch.float16, kept=False).steps[0].capture_s == 0.0  # the images were seen

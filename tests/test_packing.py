@@ -42,7 +42,7 @@ def test_every_layer_is_in_one_pass_that_fits_and_the_time_is_near_the_least(see
     items, forward, decode_s = network(rng, 7, narrowing=narrowing), 150, rng.choice([0.0, 0.3])
     items = [replace(item, pass_s=max(decode_s, item.pass_s)) for item in items]
     left = max(needed([item], forward) for item in items) + rng.choice([0, 500, 2000, 5000])
-    groups = pack(items, left, forward)
+    groups = pack(items, left, lambda _: forward)
     assert sorted(itertools.chain(*groups)) == [item.name for item in items]
     by_name = {item.name: item for item in items}
     found = [[by_name[name] for name in group] for group in groups]
@@ -53,7 +53,7 @@ def test_every_layer_is_in_one_pass_that_fits_and_the_time_is_near_the_least(see
 
 def test_all_in_one_pass_where_there_is_room() -> None:
     items = network(random.Random(1), 9, narrowing=True)
-    assert pack(items, 10**9, 5) == [{item.name for item in items}]
+    assert pack(items, 10**9, lambda _: 5) == [{item.name for item in items}]
 
 
 def test_rows_that_are_given_back_leave_room_for_the_widest() -> None:

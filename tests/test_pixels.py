@@ -16,6 +16,9 @@ from torchvision.transforms._presets import ImageClassification
 
 from gpuclust.capture import loader, pixels
 from gpuclust.capture.images import open_images
+from gpuclust.capture.layers import find_layers
+from gpuclust.capture.models import Network
+from gpuclust.capture.passes import Passes
 from gpuclust.capture.pixels import Pixels, pixel_bytes
 from gpuclust.capture.transport import ByteTransform
 from gpuclust.errors import InputError
@@ -306,3 +309,16 @@ def test_host_memory_stays_flat(tmp_path, split):
             peak = max(peak, resident_bytes())
             del item
     assert 0.9 * batch_bytes < peak - held < 2.2 * batch_bytes
+
+
+def test_the_first_pass_writes_each_input_over_the_one_before(folder):
+    network = torch.nn.Conv2d(3, 2, 3)
+    pixels = make(images(folder), TRANSFORMS["split"], 7)
+    layers = find_layers(network, torch.zeros(1, *next(pixels.first())[1].shape[1:]))
+    places = []
+    network.register_forward_pre_hook(lambda _, inputs: places.append(inputs[0].data_ptr()))
+    passes = Passes(Network("conv", network, None, None, {}), pixels, 0)
+    for _ in passes.first(layers, lambda *_: None):
+        pass
+    assert len(places) == 5
+    assert len(set(places)) == 1

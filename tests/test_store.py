@@ -175,3 +175,17 @@ def test_on_cuda_nan_is_found_at_finish():
 def test_quantised_activations_are_stored_as_the_numbers_that_they_stand_for():
     values = torch.quantize_per_tensor(random(5, 3, 2), 0.1, 10, torch.quint8)
     assert torch.equal(filled([values]).rows, values.dequantize().reshape(5, 6))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_rows_in_host_memory_are_those_on_the_device(dtype, layout):
+    batches = [(random(3, 2, 33, 64, seed=b) * 1e5 ** (b + 1)).cuda() for b in range(3)]
+    stores = [LayerStore(9, 2 * 33 * 64, dtype, place, name="conv1") for place in ("cpu", "cuda")]
+    for store in stores:
+        for batch in batches:
+            store.append(batch.contiguous(memory_format=layout))
+        store.finish()
+    assert torch.equal(stores[0].rows, stores[1].rows.cpu())
+    assert stores[0].scale == stores[1].scale

@@ -189,3 +189,18 @@ def test_timms_usual_transform_is_known():
     found = torch.empty(1, 3, 64, 64)
     split.floats(CPU, found.dtype)(split(image)[None], found)
     assert torch.equal(found[0], transform(image))
+
+
+@pytest.mark.parametrize(
+    "option", [{"random_scale_prob": 0.05}, {"random_aspect_prob": 1.0}, {"interpolation": "random"}]
+)
+def test_a_step_that_draws_from_other_generators_leaves_the_transform_whole(option):
+    data = pytest.importorskip("timm.data.transforms")
+    from torchvision.transforms import CenterCrop, Compose, Normalize, ToTensor
+
+    def made(**options):
+        steps = [data.ResizeKeepRatio(64, **options), CenterCrop(48), ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)]
+        return as_bytes(Compose(steps))
+
+    assert made() is not None
+    assert {made(**option) for _ in range(12)} == {None}

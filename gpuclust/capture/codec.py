@@ -71,6 +71,8 @@ def decode_here(data: bytes, orientation: int) -> Image.Image:
     try:
         pixels = _decoder()(_as_stored(data), mode="RGB")
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(first_line(error)) from error
     return upright(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), orientation)
 

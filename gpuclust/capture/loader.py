@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from gpuclust.capture.codec import Encoded, decode_here, decode_on
 from gpuclust.capture.decode import BROKEN, BadImage, decode_file, encode_thumbnail, to_rgb, words
 from gpuclust.capture.transport import ByteTransform, Transform
-from gpuclust.errors import GpuclustError, InputError
+from gpuclust.errors import GpuclustError, InputError, is_out_of_memory
 
 MAX_WORKERS = 8
 FEW_IMAGES = 64  # fewer are decoded before the workers have started
@@ -68,6 +68,8 @@ class DatasetReader:
         except BadImage:
             raise
         except Exception as error:  # whatever a user's data set raises on one item is one bad image
+            if is_out_of_memory(error):
+                raise
             raise BadImage(f"{type(error).__name__}: {error}") from error
         if not isinstance(image, Tensor):
             raise TypeError(f"the image of an item is a PIL image or a tensor (c, h, w); got {type(image).__name__}")
@@ -186,9 +188,9 @@ class Chunks(Dataset[Chunk]):
             except BadImage as error:
                 bad.append((position, str(error)))
                 continue
-            except torch.OutOfMemoryError:  # of a GPU: no image is to blame, and the run may go on with less
-                raise
             except Exception as error:  # raised again in the main process, with the key
+                if is_out_of_memory(error):  # no image is to blame, and the run may go on with less
+                    raise
                 fault = (f"{key}: {type(error).__name__}: {error}", traceback.format_exc())
                 break
             images.append(image)

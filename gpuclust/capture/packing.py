@@ -23,7 +23,7 @@ class Item:
 Fits = Callable[[Sequence[Item]], bool]
 
 
-def pack(items: Sequence[Item], left: int, forward_bytes: int) -> list[set[str]]:
+def pack(items: Sequence[Item], left: int, forward_bytes: Callable[[Sequence[str]], int]) -> list[set[str]]:
     """Groups of layers, each for one pass, the deepest pass first.
 
     Parameters
@@ -32,12 +32,12 @@ def pack(items: Sequence[Item], left: int, forward_bytes: int) -> list[set[str]]
         In forward order; each fits alone.
     left : int
         Bytes for rows and for what is at work beside them.
-    forward_bytes : int
-        Of a forward pass.
+    forward_bytes : Callable
+        Of a forward pass that captures the layers of these names: no more than of one that captures others, too.
     """
 
     def fits(group: Sequence[Item]) -> bool:
-        return needed(group, forward_bytes) <= left
+        return needed(group, forward_bytes([item.name for item in group])) <= left
 
     def seconds(groups: Sequence[Sequence[Item]]) -> float:
         return sum(max(item.pass_s for item in group) for group in groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 from torch import Tensor
@@ -42,9 +42,9 @@ class Passes:
         for each layer, and must copy it before it returns.
         """
         with ActivationStream(self.network.module, layers) as stream, closing(self.pixels.first()) as batches:
-            for index, (start, images, batch) in enumerate(each("decode", batches)):
+            for start, images, batch in each("decode", batches):
                 if layers:
-                    self._forward(stream, index, start, images, write)
+                    self._forward(stream, start // self.pixels.batch_size, start, images, write)
                 del images
                 yield batch
 
@@ -59,7 +59,9 @@ class Passes:
                 del images
                 yield range(start, start + count)
 
-    def activations(self, layer: Layer, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    def activations(
+        self, layer: Layer, wanted: Sequence[int] | None = None
+    ) -> Generator[tuple[int, int, Tensor], None, None]:
         """A later pass up to one layer: (number of the batch, first image, activation (b, *layer.shape)) of each.
 
         The activation is the network's own tensor, which nothing overwrites any more since the pass ends there.

@@ -37,8 +37,11 @@ def pixel_bytes(images: Pictured, transform: Transform | None, example: Tensor) 
 
 
 def staged_bytes(batch_size: int, bytes_per_image: int, kind: str) -> int:
-    """What `Pixels` holds on a device of this kind beside inputs and what it keeps: batches to come, and a look-up."""
-    return 2 * batch_size * bytes_per_image + look_up_bytes(kind) if kind == "cuda" else 0
+    """What `Pixels` holds on a device of this kind beside inputs and what it keeps.
+
+    On a GPU batches to come, and a look-up; in host memory the batch that the input was made of.
+    """
+    return 2 * batch_size * bytes_per_image + look_up_bytes(kind) if kind == "cuda" else batch_size * bytes_per_image
 
 
 class Pixels:
@@ -168,7 +171,7 @@ class Pixels:
                 yield from batches
             elif parts := next(batches, None):
                 shape = parts[0].shape[1:]
-                staging = Staging(self.batch_size, shape.numel(), self._sent, self.device)
+                staging = Staging(min(self.batch_size, self.images.n), shape.numel(), self._sent, self.device)
                 with closing(staging.stream(_pieces(chain([parts], batches)))) as pieces:
                     del parts
                     for _, rows in pieces:

@@ -71,7 +71,7 @@ def make_plan(
     reduce_bytes
         What making these of a batch of activations takes, by the layer's name.
     kept
-        Whether the images are kept on the device between passes; by default what is better.
+        Of a run that has seen its images, whether they are kept on the device; by default what is better.
     """
     maker = _Maker(
         layers,
@@ -86,6 +86,7 @@ def make_plan(
         solver,
         widths or {},
         reduce_bytes or {},
+        kept is not None,
     )
     plans = [maker.plan(keeps) for keeps in ((False, True) if kept is None else ((False, True) if kept else (False,)))]
     best = min(plans, key=lambda plan: (plan.short_bytes, plan.seconds, plan.pixels_bytes))
@@ -106,6 +107,7 @@ class _Maker:
     solver: str
     widths: Mapping[str, int]
     reduce_bytes: Mapping[str, int]
+    seen: bool
 
     def plan(self, keeps: bool) -> MemoryPlan:
         """The best plan with the images kept on the device, or decoded in each pass."""
@@ -120,15 +122,15 @@ class _Maker:
             Item(layer.name, self._rows(layer), self._needs(layer)[0], self._both(decode_s, self._reach_s(layer)))
             for layer in fitting
         ]
-        for names in pack(items, left, self._forward_bytes(fitting)):
+        for names in pack(items, left, self._forward_bytes):
             group = sorted((layer for layer in fitting if layer.name in names), key=self._width)
             steps.append(self._step(group, left, len(steps), decode_s, rows))
         for layer in self.layers:
             if layer.name not in rows:
                 steps.append(self._streamed(layer, left, len(steps), decode_s, rows))
-        # Decoded once in any case, by the first step.
-        if keeps and steps:
-            first = steps[0]
+        first = steps[0]
+        if not self.seen and (keeps or first.place == "recompute"):
+            # The first pass of a run decodes, whatever comes of it; one in which rows are captured counts it already.
             steps[0] = replace(first, capture_s=self._both(self.n * self.forward.decode_s, first.capture_s))
         ordered = tuple(rows[layer.name] for layer in self.layers)
         return MemoryPlan(
@@ -197,9 +199,8 @@ class _Maker:
         )
         return name, seconds + view * pass_s, passes + view
 
-    def _forward_bytes(self, layers: Sequence[Layer]) -> int:
+    def _forward_bytes(self, names: Sequence[str]) -> int:
         """Of a forward pass that captures these layers, and ends there."""
-        names = [layer.name for layer in layers]
         return self.forward.peak_to(names) + sum(self.reduce_bytes.get(name, 0) for name in names)
 
     # ---- ways
@@ -208,12 +209,12 @@ class _Maker:
         """What is left for k-means beside the layer's rows on the device; None where that is too little."""
         beside = left - self._rows(layer)
         least, _ = self._needs(layer)
-        return beside if beside >= max(least, self._forward_bytes([layer])) else None
+        return beside if beside >= max(least, self._forward_bytes([layer.name])) else None
 
     def _step(self, group: Sequence[Layer], left: int, index: int, decode_s: float, rows: dict[str, LayerPlan]) -> Step:
         """A pass that keeps a group of layers on the device, the narrow ones first."""
         alive = sum(map(self._rows, group))
-        peak = alive + self._forward_bytes(group)
+        peak = alive + self._forward_bytes([layer.name for layer in group])
         for layer in group:
             least, ease = self._needs(layer)
             limit = min(ease, left - alive)
@@ -228,11 +229,11 @@ class _Maker:
         """A layer whose rows do not fit on the device: the fastest of the ways that there are."""
         # While rows are computed anew, a forward pass goes on beside k-means, or a batch's activations and rows wait.
         size, batch = self._rows(layer), self.forward.batch_size * self._width(layer) * (4 + self.dtype.itemsize)
-        forward_bytes = self._forward_bytes([layer])
+        forward_bytes = self._forward_bytes([layer.name])
         held = max(forward_bytes, batch)
         reach_s = self._both(decode_s, self._reach_s(layer))
         ways: list[tuple[str, float, float, int]] = [("recompute", 0.0, reach_s, left - held)]
-        if size <= self.room.host_bytes * _HOST_SHARE:
+        if _locked_bytes(size) <= self.room.host_bytes * _HOST_SHARE:
             ways.append(("host", reach_s + size / COPY_RATE, size / COPY_RATE, left))
         if size <= self.room.disk_bytes:
             ways.append(("disk", reach_s + size / DISK_RATE, size / DISK_RATE, left))
@@ -243,6 +244,8 @@ class _Maker:
                 continue
             # Streamed rows are read fewer times the more of them can be held.
             name, seconds, passes = self._solve(layer, limit, False, pass_s)
+            if place == "recompute" and self.dtype == torch.float16:  # a pass finds the scale
+                seconds, passes = seconds + pass_s, passes + 1
             plan = self._layer(layer, place, index, name, limit, least, passes, seconds)
             peak = held + limit if place == "recompute" else max(limit, forward_bytes)
             found.append((capture_s + seconds, plan, Step((layer.name,), place, capture_s, peak)))
@@ -272,3 +275,8 @@ class _Maker:
             passes,
             seconds,
         )
+
+
+def _locked_bytes(size: int) -> int:
+    """What torch locks for a tensor in page-locked memory: the next power of two."""
+    return 1 << (size - 1).bit_length()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 import torch
@@ -81,17 +81,18 @@ class Recomputed:
         """The rows of all batches, or of those with these numbers, each with the number of the first."""
         if wanted == []:
             return
-        with closing(self._activations(wanted)) as batches:  # type: ignore[type-var]
+        with closing(self._activations(wanted)) as batches:
             for number, start, activation in batches:
-                if not self._checked and self.dtype != torch.float16:
-                    largest_finite(activation, start, self.layer.name, self.dtype)
                 x = self._stored(number, activation)
                 del activation
+                if not self._checked and self.dtype != torch.float16:
+                    largest_finite(x, start, self.layer.name, self.dtype)
                 yield start, x
 
-    def _activations(self, wanted: list[int] | None = None) -> Iterator[tuple[int, int, Tensor]]:
-        for number, start, activation in self._passes.activations(self.layer, wanted):
-            yield number, start, self._reduce(activation)
+    def _activations(self, wanted: list[int] | None = None) -> Generator[tuple[int, int, Tensor], None, None]:
+        with closing(self._passes.activations(self.layer, wanted)) as activations:
+            for number, start, activation in activations:
+                yield number, start, self._reduce(activation)
 
     def _stored(self, number: int, activation: Tensor) -> Tensor:
         """A batch's activations as the rows that are stored of them."""

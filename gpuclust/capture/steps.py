@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,14 +153,16 @@ class Capture:
                 file.release()
 
         if self.kept is not None:
-            for _ in watch(self.passes.again(layers, write), self.passes.pixels.n):
-                pass
+            with closing(self.passes.again(layers, write)) as numbers:
+                for _ in watch(numbers, self.passes.pixels.n):
+                    pass
             return
         self._labels, self._paths, self._thumbs = [], [], self._new_thumbs()
-        for batch in watch(self.passes.first(layers, write), self.passes.pixels.images.n):
-            self._labels.append(batch.labels)
-            self._paths += batch.paths
-            self._thumbs.extend(batch.thumbs)
+        with closing(self.passes.first(layers, write)) as batches:
+            for batch in watch(batches, self.passes.pixels.images.n):
+                self._labels.append(batch.labels)
+                self._paths += batch.paths
+                self._thumbs.extend(batch.thumbs)
         self.kept = self.passes.pixels.keep
 
     def reduction(self, layer: Layer) -> str:

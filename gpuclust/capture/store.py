@@ -57,8 +57,10 @@ def put_rows(activations: Tensor, rows: Tensor, scale: float = 1.0) -> None:
     for some, into in pieces:
         if scale == 1.0:
             into.copy_(some)
-        else:
+        elif some.device == into.device:
             torch.mul(some.float(), scale, out=into)
+        else:
+            into.copy_(some.float() * scale)
 
 
 def _has_channels_last(activations: Tensor) -> bool:

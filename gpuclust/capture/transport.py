@@ -108,7 +108,7 @@ class LookUp:
         self._places = torch.empty(0, dtype=torch.int64, device=values.device)
 
     def __call__(self, images: Tensor, out: Tensor) -> None:
-        """Write the values of `images` ``(b, c, h, w)`` uint8 into `out`; both are contiguous."""
+        """Write the values of `images` ``(b, c, h, w)`` uint8 into `out`."""
         # No step makes a tensor of its own: their holes in memory would add up over the batches of a pass.
         group = max(1, _LOOK_UP.get(out.device.type, 1 << 21) // images[0].numel())
         if self._places.shape[1:] != images.shape[1:] or len(self._places) < min(group, len(images)):
@@ -164,9 +164,17 @@ def _composed(transform: Any) -> tuple[list[Any], list[Any]] | None:
     if True not in floats:
         return None
     at = floats.index(True)
-    whole = not set(names[:at]) <= _GEOMETRY | _BYTES | _CONVERSIONS | {"ToPureTensor"}
+    whole = any(map(_draws_elsewhere, steps)) or not set(names[:at]) <= _GEOMETRY | _BYTES | _CONVERSIONS | {
+        "ToPureTensor"
+    }
     whole = whole or not set(names[at + 1 :]) <= {"Normalize", "ToPureTensor"} | _CONVERSIONS
     return None if whole else (steps[:at], steps[at:])
+
+
+def _draws_elsewhere(step: Any) -> bool:
+    """Whether a step of timm's draws from Python's generator, which its options may have it do under any name."""
+    chances = any(getattr(step, f"random_{what}_prob", 0) for what in ("scale", "aspect"))
+    return chances or isinstance(getattr(step, "interpolation", None), tuple | list)
 
 
 def _makes_floats(step: Any) -> bool:
