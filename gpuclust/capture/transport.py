@@ -164,11 +164,9 @@ def _composed(transform: Any) -> tuple[list[Any], list[Any]] | None:
     if True not in floats:
         return None
     at = floats.index(True)
-    whole = any(map(_draws_elsewhere, steps)) or not set(names[:at]) <= _GEOMETRY | _BYTES | _CONVERSIONS | {
-        "ToPureTensor"
-    }
-    whole = whole or not set(names[at + 1 :]) <= {"Normalize", "ToPureTensor"} | _CONVERSIONS
-    return None if whole else (steps[:at], steps[at:])
+    either = _CONVERSIONS | {"ToPureTensor"}
+    known = set(names[:at]) <= _GEOMETRY | _BYTES | either and set(names[at + 1 :]) <= {"Normalize"} | either
+    return (steps[:at], steps[at:]) if known and not any(map(_draws_elsewhere, steps)) else None
 
 
 def _draws_elsewhere(step: Any) -> bool:
