@@ -101,39 +101,36 @@ def analyze(
         load_libraries()
         touch_code()
         network = find_network(model, images, settings)
-        with (
-            in_memory(),
-            prepare(network, images, settings) as setup,
-            profiled(profile, setup.device),
-            Progress(progress) as bar,
-        ):
-            energy = Energy(setup.device)
-            setup.require_kmeans()
-            identity = setup.identity() if out else {}
-            layers, done = setup.layers, folder.results(identity, len(setup.layers))
-            missing = [layer for i, layer in enumerate(layers) if i not in done]
-            if missing:
-                setup.plan(missing).require()
-                folder.begin(identity)
-            for i, result in cluster_layers(setup, missing, folder, bar):
-                done[i] = result
-                folder.keep_result(i, result)
-        assert folder.samples is not None
-        assert folder.images is not None
-        sizes = np.bincount(folder.samples.labels, minlength=len(images.classes))
-        report = Report(
-            [done[i] for i in range(len(layers))],
-            folder.samples,
-            chance_levels(sizes, setup.clusters, seed=settings.seed),
-            {**setup.describe(model, data), "images": folder.images},
-        )
-        report.run["energy"] = energy.describe()
-        report.run["times"] = {
-            "capture_s": sum(result.capture_s for result in report.results),
-            "cluster_s": sum(result.cluster_s for result in report.results),
-            "total_s": time.perf_counter() - started,
-        }
-        folder.finish(report)
+        with in_memory(), prepare(network, images, settings) as setup, profiled(profile, setup.device):
+            with Progress(progress) as bar:
+                energy = Energy(setup.device)
+                setup.require_kmeans()
+                identity = setup.identity() if out else {}
+                layers, done = setup.layers, folder.results(identity, len(setup.layers))
+                missing = [layer for i, layer in enumerate(layers) if i not in done]
+                if missing:
+                    setup.plan(missing).require()
+                    folder.begin(identity)
+                for i, result in cluster_layers(setup, missing, folder, bar):
+                    done[i] = result
+                    folder.keep_result(i, result)
+            assert folder.samples is not None
+            assert folder.images is not None
+            sizes = np.bincount(folder.samples.labels, minlength=len(images.classes))
+            report = Report(
+                [done[i] for i in range(len(layers))],
+                folder.samples,
+                chance_levels(sizes, setup.clusters, seed=settings.seed),
+                {**setup.describe(model, data), "images": folder.images},
+            )
+            report.run["energy"] = energy.describe()
+            report.run["times"] = {
+                "capture_s": sum(result.capture_s for result in report.results),
+                "cluster_s": sum(result.cluster_s for result in report.results),
+                "total_s": time.perf_counter() - started,
+            }
+            with named("report"):
+                folder.finish(report)
     return report
 
 

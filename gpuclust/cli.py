@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import io
 import os
 import re
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -45,6 +47,10 @@ app = typer.Typer(
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
 
+# How profilers come into a process; they write what they have when its libraries tidy up.
+_INJECTIONS = ("CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH")
+
+
 def main() -> None:
     """The console script. Exit codes: 0 done, 1 a fault, 2 bad arguments or input, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
@@ -55,17 +61,22 @@ def main() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process as Python does, but for the libraries' own tidying up.
+    """End the process as Python does, but for the libraries' own tidying up, unless a profiler awaits that.
 
     CUDA's libraries read 140 MB of themselves for it, even where there is no GPU: more than a memory limit may allow.
     """
+    if any(name in os.environ for name in _INJECTIONS):
+        sys.exit(code)
     atexit._run_exitfuncs()
-    try:
-        for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):
+        try:
             if stream is not None:
                 stream.flush()
-    except BrokenPipeError:
-        code = code or 1
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):  # whoever read it has gone; else the disk is full
+                with suppress(OSError):
+                    os.write(2, f"gpuclust: cannot write the output: {error.strerror or error}\n".encode())
+            code = code or 1
     os._exit(code)
 
 
@@ -84,6 +95,10 @@ def run_command(arguments: list[str]) -> int:
         # Whoever read our output has gone; Python would complain once more while it ends.
         sys.stdout = None
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _complain(f"cannot write: {error.strerror}", 1)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted", 130)
 
@@ -403,14 +418,13 @@ def _analyze(model: Any, data: Any, out: str, **options: Any) -> None:
     from rich.console import Console
 
     from gpuclust.analysis import analyze
-    from gpuclust.report.folder import layers_done
 
     try:
         report = analyze(model, data, out=out, **options)
-    except KeyboardInterrupt:
-        done = len(layers_done(Path(out)))
-        kept = f"{done} layers are done, and --resume goes on from there" if done else "no layer was done yet"
-        raise typer.Exit(_complain(f"interrupted; {kept}", 130)) from None
+    except KeyboardInterrupt as error:
+        kept = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+        advice = ", and --resume goes on from there" if "are done" in kept and "resume" in options else ""
+        raise typer.Exit(_complain(f"interrupted{kept}{advice}", 130)) from None
     Console(width=None if sys.stdout.isatty() else 140).print(report.table())
     if note := report.run["network"]["notes"].get("transform"):
         typer.echo(f"transform: {note}")

@@ -120,7 +120,10 @@ def read_options(given: Mapping[str, Any]) -> Options:
 
 def split_names(text: str) -> list[str]:
     """Names between commas; one that holds a comma stands in double quotes."""
-    names = next(csv.reader([text], skipinitialspace=True), [])
+    try:
+        names = next(csv.reader([text], skipinitialspace=True), [])
+    except csv.Error as error:
+        raise InputError(f"names stand in one line, with commas between them; got {text!r}") from error
     return [name.strip() for name in names if name.strip()]
 
 

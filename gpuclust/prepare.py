@@ -216,9 +216,22 @@ class Setup:
         UnavailableError
         """
         self.kmeans(1).fit(torch.zeros(1, 1, dtype=self.dtype, device=self.device))
+        self.backends()
+
+    def backends(self) -> list[str]:
+        """Names of those that cluster the layers.
+
+        Raises
+        ------
+        UnavailableError
+            If the one asked for cannot.
+        """
+        found = set()
         for layer in self.layers:
             sizes = self.images.n, self.reductions[layer.name].values(layer.shape), self.clusters
-            choose(self.settings.backend, Problem(*sizes, self.dtype, self.device, False, self.settings.n_init))
+            problem = Problem(*sizes, self.dtype, self.device, False, self.settings.n_init)
+            found.add(choose(self.settings.backend, problem)[0].name)
+        return sorted(found)
 
     def describe(self, model: Any, data: Any) -> dict[str, Any]:
         """What a report says of the circumstances, for JSON; ``model`` and ``data`` as they were given."""
@@ -254,12 +267,13 @@ class Setup:
     def identity(self) -> dict[str, Any]:
         """All that a result depends on, for JSON: a run can be resumed only with the same."""
         settings = {name: value for name, value in self.options().items() if name not in _INDIFFERENT}
-        cuda = self.device.type == "cuda"
+        cuda, backends = self.device.type == "cuda", self.backends()
         return {
-            **of_software(self.device, self.settings.decoder),
+            **of_software(self.device, self.settings.decoder, backends),
             **settings,
             "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             "layers": [layer.name for layer in self.layers],
+            "backends": backends,
             "memory_format": _name(self.memory_format),
             **of_network(unwrap(self.network.module), self.network.transform),
             "images": self.images.fingerprint(),

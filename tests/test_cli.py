@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import cases_run as cases
 import numpy as np
@@ -39,13 +39,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def shell(*words: object, code: str = "from gpuclust.cli import main; main()") -> subprocess.Popen[str]:
+def shell(
+    *words: object, code: str = "from gpuclust.cli import main; main()", output: IO[str] | int = subprocess.PIPE
+) -> subprocess.Popen[str]:
     """The command in a process of its own, ``code`` run in place of the console script."""
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)],
         env=environment,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -208,6 +210,36 @@ def test_ctrl_c_says_what_is_kept(
     assert capsys.readouterr().err == "gpuclust: interrupted; 1 layers are done, and --resume goes on from there\n"
 
 
+def test_ctrl_c_does_not_count_the_layers_of_a_run_that_was_to_be_replaced(
+    data: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", str(data), "--model", "cases_run:build", "--layers", "pool"]
+    assert run_command(words) == 0
+    capsys.readouterr()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpuclust.report.folder.RunFolder.begin", stop)
+    assert run_command([*words, "--force"]) == 130
+    assert capsys.readouterr().err == "gpuclust: interrupted; no layer was done yet\n"
+    assert (here / "gpuclust-cases_run-build/report.html").is_file()
+
+
+def test_ctrl_c_gives_no_advice_that_a_command_does_not_take(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        error = KeyboardInterrupt()
+        error.add_note("2 layers are done")
+        raise error
+
+    monkeypatch.setattr("gpuclust.analysis.analyze", stop)
+    for words, advice in ((["demo"], ""), (["run", "x", "--model", "y"], ", and --resume goes on from there")):
+        assert run_command(words) == 130
+        assert capsys.readouterr().err == f"gpuclust: interrupted; 2 layers are done{advice}\n"
+
+
 # ---- what cannot be
 
 MODEL = ["--model", "cases_run:build"]
@@ -269,6 +301,13 @@ def test_whoever_reads_may_stop_reading() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_a_full_disk_under_the_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full, shell("--version", output=full) as process:
+        assert process.stderr is not None
+        assert process.stderr.read() == "gpuclust: cannot write: No space left on device\n"
     assert process.returncode == 1
 
 

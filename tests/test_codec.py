@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from torchvision.transforms import CenterCrop, Compose, Normalize, PILToTensor, Resize, ToTensor
 
 from gpuclust import analyze
-from gpuclust.capture.codec import require_torchcodec
+from gpuclust.capture.codec import Encoded, require_torchcodec
 from gpuclust.capture.images import open_images
 from gpuclust.capture.loader import FileReader
 from gpuclust.capture.pixels import Pixels
@@ -131,6 +131,11 @@ def test_a_file_that_only_the_decoder_finds_broken_is_a_bad_image(folder: Path, 
     assert len(paths) == 8
     assert "dog/0.jpg" not in paths
     assert {bad.path: bad.reason for bad in source.skipped}["dog/0.jpg"] == "nvjpeg says no"
+
+
+def test_thumbnails_do_not_know_pillows_own_limit_of_pixels(monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert Encoded(jpeg(smooth(0, (90, 70))), 6).small().size == (70, 90)
 
 
 @needs_torchcodec

@@ -49,6 +49,11 @@ def test_names_between_commas() -> None:
     assert split_names("") == []
 
 
+def test_names_in_two_lines_are_refused() -> None:
+    with pytest.raises(InputError, match=r"names stand in one line, with commas between them; got 'a\\nb'"):
+        split_names("a\nb")
+
+
 def test_options_are_taken_as_a_person_writes_them() -> None:
     options = read_options(
         {

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import cases_run as cases
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import gpuclust
 from gpuclust import analysis, identity
+from gpuclust.capture.images import open_images
 from gpuclust.compare.result import LayerResult
 from gpuclust.errors import GpuclustError, InputError
 from gpuclust.report import folder as folder_module
@@ -159,6 +161,21 @@ def test_other_weights_networks_and_images_are_noticed(tmp_path: Path) -> None:
         analyze(data, out, layers="pool", resume=True)
 
 
+def test_another_image_in_the_place_of_a_bad_one_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = cases.write_folder(tmp_path / "pictures"), tmp_path / "run"
+    chosen = open_images(data, per_class=7)
+    taken = {path for batch in chosen.batches(cases.to_tensor, 99, 0) for path in batch.paths}
+    spare = next(path for path in sorted(data.glob("cat/*.png")) if f"cat/{path.name}" not in taken)
+    (data / min(path for path in taken if path.startswith("cat"))).write_bytes(b"bad")
+    with monkeypatch.context() as patch:
+        stop_after(1, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            analyze(data, out, per_class=7)
+    cases.picture(1, 77).save(spare)
+    with pytest.raises(InputError, match=r"images that replace bad ones changed since the run in .*: --force starts"):
+        analyze(data, out, per_class=7, resume=True)
+
+
 def test_other_software_is_noticed(data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(message: str) -> None:
         with pytest.raises(InputError, match=f"is another one: {message}[.] Resume it"):
@@ -256,6 +273,30 @@ def test_a_disk_that_is_full_keeps_what_is_done(
     assert cases.results(out) == cases.results(whole)
 
 
+def test_a_trace_that_cannot_be_written_costs_no_report(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gpuclust.profile.replacing", refuse)
+    with pytest.raises(GpuclustError, match=r"cannot write .*trace.json': No space left"):
+        analyze(data, tmp_path / "run", profile=tmp_path / "trace.json")
+    assert cases.results(tmp_path / "run") == cases.results(whole)
+    assert (tmp_path / "run/report.html").is_file()
+
+
+def test_a_disk_without_room_for_thumbnails_is_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(folder_module, "Thumbs", refuse)
+    with pytest.raises(GpuclustError, match=r"cannot write into .*Read-only file system; what is done is kept"):
+        analyze(data, tmp_path / "run")
+
+
 def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(content: bytes, path: Path) -> None:
         path.write_bytes(content[: len(content) // 2])
@@ -282,6 +323,18 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:
 
 
 # ---- the lock
+
+
+def test_a_file_system_that_goes_away_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = RunFolder(tmp_path / "run").__enter__()
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    with monkeypatch.context() as patch:
+        for name in ("stat", "fstat"):
+            patch.setattr(os, name, Mock(side_effect=stale))
+        with pytest.raises(GpuclustError, match="was removed or replaced while the run went on"):
+            keeper.keep_result(0, None)  # type: ignore[arg-type]
+    keeper.__exit__()
+    RunFolder(tmp_path / "run").__enter__().__exit__()
 
 
 def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:

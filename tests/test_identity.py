@@ -109,6 +109,37 @@ def test_processes_agree() -> None:
 
 
 def test_versions_are_those_of_what_computes() -> None:
-    found = of_software(torch.device("cpu"), "pillow")
+    found = of_software(torch.device("cpu"), "pillow", ["torch"])
     assert found["torch"] == torch.__version__
     assert {"gpuclust", "pillow", "torchvision", "numpy", "code", "python", "cpu"} <= set(found)
+
+
+def test_kernels_that_are_compiled_here_are_known_by_their_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "versions", lambda: {"cupy": "14", "triton": "3", "torch": "2"})
+    monkeypatch.setattr(identity.nvrtc, "compiler", lambda: "13.0")
+    monkeypatch.setenv("GPUCLUST_HOPPER", "1")
+    device = torch.device("cpu")
+    one, other = (of_software(device, "pillow", backends) for backends in (["cupy", "torch"], ["triton"]))
+    assert (one["cupy"], one["nvrtc"], one["GPUCLUST_HOPPER"], one.get("triton")) == ("14", "13.0", "True", None)
+    assert (other["triton"], other.get("cupy"), other.get("nvrtc")) == ("3", None, None)
+
+
+class Buffered(nn.Module):
+    def __init__(self, kept: float, passing: float) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.tensor(kept))
+        self.register_buffer("passing", torch.tensor(passing), persistent=False)
+
+
+def test_every_buffer_counts_as_a_weight() -> None:
+    plain, *others = (of_network(Buffered(*values), None) for values in ((1, 1), (2, 1), (1, 2)))
+    for other in others:
+        assert {name for name in plain if plain[name] != other[name]} == {"tensors"}
+
+
+def test_packages_of_a_network_are_named_with_their_versions() -> None:
+    import timm
+    from torchvision.models import squeezenet1_1
+
+    assert of_network(timm.create_model("resnet10t"), None)["timm"] == timm.__version__
+    assert set(of_network(squeezenet1_1(), None)) == {"transform", "network", "tensors"}

@@ -354,6 +354,24 @@ def test_the_fingerprint_changes_when_a_chosen_file_does(tmp_path):
     assert source.fingerprint() == prints[0]
 
 
+def test_which_images_replace_bad_ones_has_a_hash_of_its_own(tmp_path):
+    write_images(tmp_path, {"cat": 12, "dog": 12})
+    source = open_images(tmp_path, per_class=5)
+
+    def passed() -> tuple[str, str]:
+        paths = [path for batch in source.batches(transform, 4, 0) for path in batch.paths]
+        return source.describe()["replacements"], paths[-1]
+
+    none, _ = passed()
+    (tmp_path / CHOSEN[0]).write_bytes(b"")
+    one, name = passed()
+    again, _ = passed()
+    info = (tmp_path / name).stat()
+    os.utime(tmp_path / name, ns=(info.st_atime_ns, info.st_mtime_ns + 1))
+    other, _ = passed()
+    assert none != one == again != other
+
+
 def test_the_fingerprint_of_a_data_set_sees_its_content():
     first = open_images(Pictures()).fingerprint()
     assert open_images(Pictures()).fingerprint() == first

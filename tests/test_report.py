@@ -21,6 +21,7 @@ from gpuclust.compare.result import COLUMNS
 from gpuclust.errors import InputError
 from gpuclust.report import Report, Samples, load_report
 from gpuclust.report import page as page_module
+from gpuclust.report.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,29 @@ def test_a_longer_run_before_leaves_no_layer_behind(report: Report, tmp_path: Pa
     report.save(tmp_path, figures=False)
     Report(report.results[:2], report.samples, report.chance).save(tmp_path, figures=False)
     assert [result.layer for result in load_report(tmp_path).results] == [r.layer for r in report.results[:2]]
+
+
+def test_a_report_saved_over_a_run_leaves_nothing_to_resume_it_with(report: Report, tmp_path: Path) -> None:
+    state, own = tmp_path / ".state", tmp_path / ".state/mine.npz"
+    with RunFolder(tmp_path) as run:
+        run.begin({"model": "one"})
+        run.keep_samples(report.samples, {"seed": 0})
+        for index in range(6):
+            run.keep_result(index, report.results[0])
+        own.write_text("mine")
+        with pytest.raises(InputError, match="a run is going on in"):
+            report.save(tmp_path)
+    report.save(tmp_path, figures=False)
+    assert sorted(file.name for file in state.iterdir()) == [
+        *(f"00{i}.npz" for i in range(4)),
+        "mine.npz",
+        "samples.npz",
+    ]
+    with RunFolder(tmp_path, resume=True) as run, pytest.raises(InputError, match="without the state of its run"):
+        run.results({"model": "one"}, 6)
+    read = load_report(tmp_path)
+    read.save(tmp_path, figures=False)  # its thumbnails are in a file that is replaced
+    assert load_report(tmp_path).samples.thumbs == report.samples.thumbs
 
 
 def test_what_does_not_fit_together_is_refused(report: Report) -> None:

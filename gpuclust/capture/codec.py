@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gpuclust.capture.decode import THUMBNAIL_PX, upright
+from gpuclust.capture.decode import THUMBNAIL_PX, identify, upright
 from gpuclust.errors import UnavailableError, first_line, is_out_of_memory
 
 
@@ -32,9 +32,9 @@ class Encoded:
         Raises
         ------
         OSError
-            If the file is broken.
+            If the file is broken; or another of `gpuclust.capture.decode.BROKEN`.
         """
-        image = Image.open(io.BytesIO(self.data))
+        image = identify(io.BytesIO(self.data))
         image.draft("RGB", (2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
         return upright(image, self.orientation).convert("RGB")
 

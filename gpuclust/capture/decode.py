@@ -84,7 +84,7 @@ def decode_file(
         if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
             raise BadImage("not a regular file")
         with open(path, "rb") as file:
-            image = _identify(file)
+            image = identify(file)
             width, height = image.size
             if width * height > max_pixels:
                 raise BadImage(f"{width} x {height} pixels, more than the {max_pixels:,} that max_pixels allows")
@@ -155,7 +155,7 @@ def encode_thumbnail(picture: Image.Image | Tensor) -> bytes:
     return file.getvalue()
 
 
-def _identify(file: IO[bytes]) -> ImageFile.ImageFile:
+def identify(file: IO[bytes]) -> ImageFile.ImageFile:
     """Read the header of an image file.
 
     This is what `PIL.Image.open` does, but for its check against the global ``Image.MAX_IMAGE_PIXELS``: that could only

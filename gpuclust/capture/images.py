@@ -263,6 +263,7 @@ class ImageSource:
             "per_class": self.per_class,
             "delivered": dict(zip(self.classes, self._delivered, strict=True)),
             "replaced": self.replaced,
+            "replacements": self._replacements.hexdigest(),
             "skipped_per_class": {name: bad[name] for name in self.classes},
             "skipped": [{"path": s.path, "class": s.class_name, "reason": s.reason} for s in self.skipped],
             "ignored_files": self._catalog.ignored,
@@ -288,6 +289,8 @@ class ImageSource:
     def fingerprint(self) -> str:
         """A hash of the choice, to know whether a run can be resumed: it changes if a chosen file does.
 
+        Which images replace bad ones, only a pass tells: `describe` has a hash of these.
+
         Of files: path, size and time of change. Of a data set: its name and length, the chosen indices, and the content
         of the first image of each class.
         """
@@ -305,13 +308,16 @@ class ImageSource:
                 digest.update(self._content(order[0]))
         elif root is not None:
             for key in (order[i] for order in orders for i in range(min(self.per_class, len(order)))):
-                try:
-                    info = os.stat(os.path.join(root, key))
-                    state = [key, info.st_size, info.st_mtime_ns]
-                except (OSError, ValueError) as error:  # a bad image; that it is one is part of the state
-                    state = [key, type(error).__name__]
-                digest.update(json.dumps(state).encode())
+                digest.update(self._state(root, key))
         return digest.hexdigest()
+
+    def _state(self, root: Path, key: str) -> bytes:
+        try:
+            info = os.stat(os.path.join(root, key))
+            state = [key, info.st_size, info.st_mtime_ns]
+        except (OSError, ValueError) as error:  # a bad image; that it is one is part of the state
+            state = [key, type(error).__name__]
+        return json.dumps(state).encode()
 
     def _first_is_a_picture(self) -> bool:
         for name in self.classes:
@@ -343,6 +349,7 @@ class ImageSource:
     def _reset(self) -> None:
         self.skipped[:] = [Skipped(key, "", reason) for key, reason in self._catalog.unlabelled]
         self.replaced = 0
+        self._replacements = hashlib.sha256()
         self._delivered = [0] * len(self.classes)
         self._bad = [0] * len(self.classes)
 
@@ -378,6 +385,9 @@ class ImageSource:
                         self._delivered[i] += 1
                     if not first_round:
                         self.replaced += len(keys)
+                        for key in keys:
+                            root = self._catalog.root
+                            self._replacements.update(self._state(root, key) if root else key.encode())
                     yield Batch(chunk.images, labels, list(map(shown, keys)), chunk.thumbs, keys)
                     del chunk  # its memory may be wanted for the next
             taken = [have + more for have, more in zip(taken, wanted, strict=True)]

@@ -70,7 +70,8 @@ class Capture:
         self._new_thumbs = thumbs
         self.kept: bool | None = None
         self._labels: list[np.ndarray] = []
-        self._paths, self._thumbs = list[str](), thumbs()
+        self._paths: list[str] = []
+        self._thumbs: Any = ()
         self._plan: MemoryPlan | None = None
         self._distortions: dict[str, Distortion] = {}
 

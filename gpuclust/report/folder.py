@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,12 +18,11 @@ from gpuclust.compare.result import LayerResult
 from gpuclust.errors import GpuclustError, InputError
 from gpuclust.files import make_folder, put, temporary_name, write
 from gpuclust.report.lock import FolderLock
-from gpuclust.report.report import DAMAGE, STATE, Report, Samples, layer_file, samples_file
+from gpuclust.report.report import DAMAGE, LAYER_FILE, STATE, Report, Samples, layer_file, samples_file
 from gpuclust.report.thumbs import Thumbs
 
 _FILES = ("report.html", "run.json", "layers.csv", "assignments.parquet")
 _FIGURES = ("trend", "heatmaps", "projections", "figure2")
-_LAYER_FILE = re.compile(r"\d{3,}\.npz")
 # What says only that it is another one: how that is told, and what tells it better where it changed as well.
 _TOLD = {
     "images": (
@@ -74,6 +72,7 @@ class RunFolder:
         self._path = None if path is None else Path(path)
         self._resume, self._force = resume, force
         self._lock: FolderLock | None = None
+        self._begun = False
 
     def __enter__(self) -> Self:
         if self._path is None:
@@ -97,7 +96,10 @@ class RunFolder:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object = None, error: BaseException | None = None, at: object = None) -> None:
+        if self._path and isinstance(error, KeyboardInterrupt):
+            done = len(layers_done(self._path)) if self._resume or self._begun else 0
+            error.add_note(f"{done} layers are done" if done else "no layer was done yet")
         lock, self._lock = self._lock, None
         if lock:
             lock.release()
@@ -137,12 +139,16 @@ class RunFolder:
         with self._writing(kept=False):
             if not self._resume:
                 remove_run(self._path)
+            self._begun = True
             make_folder(self._path / STATE)
             _keep(self._path / STATE / "run.json", identity)
 
     def thumbs(self) -> Thumbs:
         """Where the thumbnails of the images go while they are read: a file without a name on the folder's disk."""
-        return Thumbs(None if self._path is None else self._path / STATE)
+        if self._path is None:
+            return Thumbs()
+        with self._writing():
+            return Thumbs(self._path / STATE)
 
     def keep_samples(self, samples: Samples, images: dict[str, Any]) -> None:
         """Keep the images and what `ImageSource.describe` says of them.
@@ -152,10 +158,14 @@ class RunFolder:
         InputError
             If they are not those that the layers which are done already were clustered with.
         """
-        before = self.samples
+        before, described = self.samples, self.images or {}
         if before and (before.paths != samples.paths or before.labels.tolist() != samples.labels.tolist()):
             raise InputError(
                 f"the images that could be read are not those of the run in {str(self._path)!r}: --force starts over"
+            )
+        if before and described.get("replacements") != images.get("replacements"):
+            raise InputError(
+                f"images that replace bad ones changed since the run in {str(self._path)!r} began: --force starts over"
             )
         self.samples, self.images = samples, images
         if self._path is not None:
@@ -215,7 +225,7 @@ def _written(folder: Path) -> list[Path]:
     return [
         *(folder / name for name in _FILES),
         *(folder / "figures" / f"{name}.png" for name in _FIGURES),
-        *(state / name for name in sorted(layers) if _LAYER_FILE.fullmatch(name)),
+        *(state / name for name in sorted(layers) if LAYER_FILE.fullmatch(name)),
         *(samples_file(folder), state / "images.json", state / "run.json"),
     ]
 

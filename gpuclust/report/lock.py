@@ -60,27 +60,28 @@ class FolderLock:
         with _taking:
             # The run that held the lock removes its file, and its folder where nothing came of it: then once more.
             for _ in range(_TRIES):
-                self._made += make_folder(self._path.parent)
-                if _at(self._path) in _locked_here:
-                    raise self._refusal(_holder())
                 try:
+                    self._made += make_folder(self._path.parent)
+                    if _at(self._path) in _locked_here:
+                        raise self._refusal(_holder())
                     self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
                 except FileNotFoundError:
                     continue
+                self._file = _file(os.fstat(self._descriptor))
                 self._lock()
                 if self.stands():
                     break
                 os.close(self._descriptor)
             else:
                 raise OSError(f"its lock came and went {_TRIES} times")
-            _locked_here.add(_file(os.fstat(self._descriptor)))
+            _locked_here.add(self._file)
         with suppress(OSError):  # only people need it
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, _holder().encode(), 0)
 
     def stands(self) -> bool:
         """Whether the file of the lock is still there, and so the folder that it was taken in."""
-        return _at(self._path) == _file(os.fstat(self._descriptor))
+        return _at(self._path) == self._file
 
     def release(self) -> None:
         """Let others in. Folders that were made for the lock go where nothing was written into them."""
@@ -92,8 +93,9 @@ class FolderLock:
                     self._path.unlink()
         finally:
             with _taking:
-                _locked_here.discard(_file(os.fstat(self._descriptor)))
-                os.close(self._descriptor)
+                _locked_here.discard(self._file)
+                with suppress(OSError):  # of a file system that is gone
+                    os.close(self._descriptor)
         with suppress(OSError):
             for folder in dict.fromkeys((self._path.parent, *reversed(self._made))):
                 folder.rmdir()

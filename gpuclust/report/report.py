@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -20,6 +21,7 @@ import numpy as np
 from gpuclust.compare.result import COLUMNS, LayerResult
 from gpuclust.errors import InputError
 from gpuclust.files import make_folder, put, replacing, write
+from gpuclust.report.lock import FolderLock
 from gpuclust.report.thumbs import Thumbs
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 _RESERVED = ("format", "layer_names", "chance")
 STATE = ".state"
+LAYER_FILE = re.compile(r"\d{3,}\.npz")
 # What reading a damaged file raises.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -196,7 +199,7 @@ class Report:
         """Write the report: report.html, layers.csv, assignments.parquet, run.json, figures/*.png and .state/.
 
         Every file is written under a temporary name and renamed; report.html comes last, so a folder that has it has
-        all.
+        all. A run that is there is replaced, and cannot be resumed any more.
 
         Parameters
         ----------
@@ -204,13 +207,28 @@ class Report:
             Made if need be.
         figures : bool
             Whether to draw figures/.
+
+        Raises
+        ------
+        InputError
+            If a run goes on in the folder.
         """
         folder = Path(folder)
-        make_folder(folder / STATE)
-        for index, result in enumerate(self.results):
-            result.save(layer_file(folder, index))
-        self.samples.save(samples_file(folder))
-        self.publish(folder, figures)
+        lock = FolderLock(folder)
+        try:
+            state = folder / STATE
+            for file in (folder / "report.html", folder / "run.json", state / "run.json", state / "images.json"):
+                file.unlink(missing_ok=True)  # what says whose the others are
+            names = {layer_file(folder, index).name for index in range(len(self.results))}
+            for file in state.glob("*.npz"):
+                if LAYER_FILE.fullmatch(file.name) and file.name not in names:
+                    file.unlink()
+            for index, result in enumerate(self.results):
+                result.save(layer_file(folder, index))
+            self.samples.save(samples_file(folder))
+            self.publish(folder, figures)
+        finally:
+            lock.release()
 
     def publish(self, folder: Path, figures: bool = True) -> None:
         """Write what `save` does but for .state/, which a run has filled layer by layer."""
