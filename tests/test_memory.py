@@ -97,6 +97,7 @@ def test_every_network_on_every_card(network, n, dtype):
             assert row.bytes == n * row.d * dtype.itemsize
             if made.fits:
                 assert row.work_bytes >= row.least_bytes > 0
+                assert row.work_bytes >= row.peak_bytes > 0
         if made.fits:
             made.require()
             assert made.total_bytes <= room.budget_bytes
@@ -155,7 +156,7 @@ def test_a_pass_holds_its_rows_a_forward_pass_and_then_k_means_beside_the_rows_t
     rows = {row.name: row for row in made.rows}
     alive, peak = made.activations_bytes, made.activations_bytes + made.forward.peak_bytes
     for name in step.layers:
-        peak = max(peak, alive + rows[name].work_bytes)
+        peak = max(peak, alive + rows[name].peak_bytes)
         alive -= rows[name].bytes
     assert step.peak_bytes == peak
     assert made.total_bytes == peak

@@ -93,8 +93,8 @@ class LayerPlan:
         Index of the step of the run that captures and clusters it.
     solver : str
         What k-means is expected to use.
-    work_bytes, least_bytes : int
-        What k-means may take beside the rows, and the least that it needs.
+    work_bytes, least_bytes, peak_bytes : int
+        What k-means may take beside the rows, the least that it needs, and what it is expected to take.
     passes : int
         Times that the rows are read where they do not lie on the device; for ``recompute`` each is a forward pass.
     seconds : float
@@ -112,6 +112,7 @@ class LayerPlan:
     solver: str
     work_bytes: int
     least_bytes: int
+    peak_bytes: int
     passes: int
     seconds: float
     short_bytes: int = 0
@@ -159,7 +160,7 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """The peak on the device: network, kept images, and the largest step."""
+        """The expected peak on the device: network, kept images, and the largest step."""
         kept = self.module_bytes + self.pixels_bytes + self.room.reserve_bytes
         return kept + max((step.peak_bytes for step in self.steps), default=self.forward.peak_bytes)
 
@@ -233,7 +234,7 @@ class MemoryPlan:
                 "rows": row.place if not row.short_bytes else f"{show_bytes(row.short_bytes)} too little",
                 "step": row.step + 1,
                 "solver": row.solver,
-                "k-means_bytes": row.work_bytes,
+                "k-means_bytes": row.peak_bytes,
                 "passes": row.passes,
                 "seconds": round(row.seconds, 3),
             }

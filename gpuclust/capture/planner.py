@@ -179,25 +179,30 @@ class _Maker:
         # What may be kept to save time, as far as it is of use: an image of the rows, distances of draws.
         spare = max(default_limit(problem, self.n, one) for one in able) - ease
         ease += max(0, min(spare, 16 * self.n * (self._width(layer) + 4 * self.n_init)))
-        view = geometry_bytes(
-            self.n, self._width(layer), self.clusters, self.dtype.itemsize, resident=resident, device=self.device.type
-        )
-        least = max(view, min(one.least for one in needs))
+        least = max(self._view_bytes(layer, resident), min(one.least for one in needs))
         return least, max(least, ease)
 
-    def _solve(self, layer: Layer, limit: int, resident: bool, pass_s: float) -> tuple[str, float, int]:
-        """Solver, seconds and passes of k-means within a limit."""
+    def _solve(self, layer: Layer, limit: int, resident: bool, pass_s: float) -> tuple[str, float, int, int]:
+        """Solver, seconds, passes and bytes of k-means within a limit."""
         made: SolverPlan = plan_solver(
             self._problem(layer), limit, resident=resident, pass_s=pass_s, asked=self.solver == "dual"
         )
         name, _ = made.choose(self.solver)
-        seconds, passes = (made.dual_s, made.dual_passes) if name == "dual" else (made.primal_s, made.primal_passes)
-        if resident:
-            return name, seconds, 0
-        view = geometry_passes(
-            self.n, self._width(layer), self.clusters, self.dtype.itemsize, limit, device=self.device.type
+        dual = name == "dual"
+        seconds, passes = (made.dual_s, made.dual_passes) if dual else (made.primal_s, made.primal_passes)
+        if not resident:  # wider pieces of the rows save passes, as far as the limit goes
+            view = geometry_passes(
+                self.n, self._width(layer), self.clusters, self.dtype.itemsize, limit, device=self.device.type
+            )
+            return name, seconds + view * pass_s, passes + view, limit
+        peak = max(made.dual_bytes if dual else made.primal_bytes, self._view_bytes(layer, resident))
+        return name, seconds, 0, min(peak, limit)
+
+    def _view_bytes(self, layer: Layer, resident: bool) -> int:
+        """What comparing the clusters takes."""
+        return geometry_bytes(
+            self.n, self._width(layer), self.clusters, self.dtype.itemsize, resident=resident, device=self.device.type
         )
-        return name, seconds + view * pass_s, passes + view
 
     def _forward_bytes(self, names: Sequence[str]) -> int:
         """Of a forward pass that captures these layers, and ends there."""
@@ -218,9 +223,9 @@ class _Maker:
         for layer in group:
             least, ease = self._needs(layer)
             limit = min(ease, left - alive)
-            name, seconds, _ = self._solve(layer, limit, True, 0.0)
-            rows[layer.name] = self._layer(layer, "device", index, name, limit, least, 0, seconds)
-            peak = max(peak, alive + limit)
+            name, seconds, _, taken = self._solve(layer, limit, True, 0.0)
+            rows[layer.name] = self._layer(layer, "device", index, name, limit, least, taken, 0, seconds)
+            peak = max(peak, alive + taken)
             alive -= self._rows(layer)
         capture_s = self._both(decode_s, max(map(self._reach_s, group)))
         return Step(tuple(layer.name for layer in group), "device", capture_s, peak)
@@ -243,24 +248,33 @@ class _Maker:
             if limit < least or left < forward_bytes:
                 continue
             # Streamed rows are read fewer times the more of them can be held.
-            name, seconds, passes = self._solve(layer, limit, False, pass_s)
+            name, seconds, passes, taken = self._solve(layer, limit, False, pass_s)
             if place == "recompute" and self.dtype == torch.float16:  # a pass finds the scale
                 seconds, passes = seconds + pass_s, passes + 1
-            plan = self._layer(layer, place, index, name, limit, least, passes, seconds)
+            plan = self._layer(layer, place, index, name, limit, least, taken, passes, seconds)
             peak = held + limit if place == "recompute" else max(limit, forward_bytes)
             found.append((capture_s + seconds, plan, Step((layer.name,), place, capture_s, peak)))
         if not found:
             beside = max((limit for *_, limit in ways), default=0)
             short = max(least - beside, forward_bytes - left)
             rows[layer.name] = replace(
-                self._layer(layer, "recompute", index, self.solver, 0, least, 0, 0.0), short_bytes=short
+                self._layer(layer, "recompute", index, self.solver, 0, least, 0, 0, 0.0), short_bytes=short
             )
             return Step((layer.name,), "recompute", 0.0, forward_bytes)
         _, rows[layer.name], step = min(found, key=lambda way: way[0])
         return step
 
     def _layer(
-        self, layer: Layer, place: str, step: int, solver: str, limit: int, least: int, passes: int, seconds: float
+        self,
+        layer: Layer,
+        place: str,
+        step: int,
+        solver: str,
+        limit: int,
+        least: int,
+        peak: int,
+        passes: int,
+        seconds: float,
     ) -> LayerPlan:
         return LayerPlan(
             layer.name,
@@ -272,6 +286,7 @@ class _Maker:
             solver,
             limit,
             least,
+            peak,
             passes,
             seconds,
         )

@@ -64,7 +64,7 @@ def _cells(plan: MemoryPlan, row: LayerPlan) -> tuple[str, ...]:
         str(row.step + 1),
         row.solver,
         f"{row.passes}x" if row.passes else "",
-        gigabytes(row.work_bytes),
+        gigabytes(row.peak_bytes),
         seconds(row.seconds),
     )
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from gpuclust.cluster.backends.base import Problem
 from gpuclust.cluster.gram import BLOCKS, slice_width, wide_width
-from gpuclust.cluster.memory import Share, default_limit, dual_needs, primal_needs
+from gpuclust.cluster.memory import Needs, Share, default_limit, dual_needs, primal_needs
+from gpuclust.cluster.seeding.draws import trials
 from gpuclust.config import show_bytes
 from gpuclust.errors import MemoryLimitError, UnavailableError
 from gpuclust.free import free_bytes
@@ -128,7 +129,7 @@ def plan(
     dual = dual_needs(problem, rows, lightest, resident=resident, moves=moves)
     given = default_limit(problem, rows, primal) if memory_limit is None else memory_limit
     shares = [needs.within(max(given, needs.least), restarts) for needs in (primal, dual)]
-    used = [primal.used(shares[0]), dual.used(shares[1])]
+    used = [_peak(problem, rows, primal, shares[0]), _peak(problem, rows, dual, shares[1])]
     passes = [0, 0]
     if not resident:
         size = problem.dtype.itemsize
@@ -136,7 +137,7 @@ def plan(
         wide = wide_width(rows, d, width, size, shares[1].slice_bytes)
         groups = math.ceil(restarts / shares[0].together)
         passes = [_ALWAYS + groups * (1 + 2 * problem.k + _PASSES), _ALWAYS + math.ceil(d / wide) + _DECIDED]
-        used[1] = max(used[1], dual.before + rows * wide * size + (dual.work >> shares[1].halvings))
+        used[1] = max(dual.used(shares[1]), dual.before + rows * wide * size + (dual.work >> shares[1].halvings))
         one_pass = pass_s or rows * d * size / read
         primal_s += passes[0] * one_pass
         dual_s += passes[1] * one_pass + triangle
@@ -151,6 +152,14 @@ def plan(
     if memory_limit is not None and memory_limit < primal.least:
         limited = primal.too_little(memory_limit)
     return Plan(primal_s, used[0], shares[0], dual_s, used[1], shares[1], refused, limited, *passes)
+
+
+def _peak(problem: Problem, rows: int, needs: Needs, share: Share) -> int:
+    """What a solver holds at most: while it iterates, or while it seeds, and keeps what its share has room for."""
+    image, drawn = 8 * rows * problem.d, 8 * rows * share.together * (trials(problem.k) + 1)
+    kept = sum(size for size in (image, drawn) if size <= share.spare_bytes // 2)
+    seeding = needs.fixed - needs.centroids + share.seeded * needs.seeds + (needs.work >> share.halvings) + kept
+    return max(needs.used(share), seeding)
 
 
 def _shown(solver: str, seconds: float, size: int, passes: int) -> str:
