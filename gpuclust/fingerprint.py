@@ -1,15 +1,14 @@
-"""Fingerprint: a hash of Python objects by what they compute, the same in each process and on each machine.
+"""Fingerprint: a hash of the code that an object runs, the same in each process and on each machine.
 
-Counted are the code of functions and classes that lie in no installed package, with their defaults, closures, and the
-functions, classes and constants that they name; attributes, through transforms that hold others; tensors and arrays.
-Installed packages are named, and known by their versions. Not counted is what changes while a run goes on: names that
-functions assign, attributes that methods other than ``__init__`` do, hooks, generators; lists and dicts outside of
-attributes whose names are not in capitals. Nor is what only running would tell, as ``getattr`` with a computed name.
+Counted is the code of functions and classes that lie in no installed package, with the literals in it: defaults and
+constants of classes. Followed are names that functions use, what they close over, attributes and lists of them, since
+transforms and networks hold others there. Installed packages are named, and known by their versions. Values are not
+counted, for some count calls or hold times and paths: whether they tell, the first image's activations say
+(`gpuclust.identity`). Nor are hooks, or what only running would tell, as ``getattr`` with a computed name.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
 import hashlib
 import os
@@ -20,7 +19,7 @@ from contextlib import suppress
 from enum import Enum
 from functools import cache
 from importlib import metadata
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -29,25 +28,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-# Instances that say all of themselves by their repr.
-_BUILT_IN = (bool, int, float, complex, str, bytes, type(None), type(...), range, slice, Enum, PurePath, re.Pattern)
-_PLAIN = (*_BUILT_IN, torch.dtype, torch.device, torch.memory_format, torch.layout, np.generic, np.dtype)
-_MUTABLE = (list, dict, set, bytearray)
+# Literals: what says all of itself by its repr.
+_LITERALS = (bool, int, float, complex, str, bytes, type(None), type(...), range, slice, Enum, re.Pattern)
 _WRAPPED = {staticmethod: "__func__", classmethod: "__func__", property: "fget", functools.cached_property: "func"}
-# Packages of whose instances nothing is looked at, since they hold what changes; modules of torch's aside.
-_OPAQUE = ("torch", "numpy", "PIL")
-_OF_MODULES = {*vars(nn.Module()), "_forward_hooks", "_forward_pre_hooks"}
+# Packages whose objects hold nothing of the user's; modules of torch's aside.
+_CLOSED = ("torch", "numpy", "PIL")
+_OF_MODULES = {*vars(nn.Module()), "_forward_hooks", "_forward_pre_hooks"} - {"_modules"}
 _OF_CLASSES = {"__annotations__", "__annotate__", "__annotate_func__", "__doc__", "__firstlineno__", "__module__"}
-_BUILDING = ("__init__", "__new__", "__post_init__", "__setstate__")
 
 
 class Fingerprint:
-    """Hashes of objects that may refer to each other.
-
-    Parameters
-    ----------
-    apart : iterable of Tensor
-        Tensors that count as nothing: they are hashed elsewhere.
+    """Hashes of the code of objects that may refer to each other.
 
     Attributes
     ----------
@@ -55,33 +46,26 @@ class Fingerprint:
         The version of each installed package that was met.
     """
 
-    def __init__(self, apart: Iterable[Tensor] = ()) -> None:
+    def __init__(self) -> None:
         self.packages: dict[str, str] = {}
-        self._apart = {id(value) for value in apart}
         self._done: dict[int, tuple[Any, bytes]] = {}  # with the object, so that no other gets its number
 
     def of(self, value: Any) -> bytes:
-        """The hash of an object."""
-        if isinstance(value, _PLAIN):
-            return _digest(type(value).__name__, described(value))
-        if id(value) in self._done:
-            return self._done[id(value)][1]
-        self._done[id(value)] = value, b"within itself"
-        found = _digest(type(value).__name__, *self._parts(value))
-        self._done[id(value)] = value, found
-        return found
+        """The hash of an object's code; b"" where it has none."""
+        if id(value) not in self._done:
+            self._done[id(value)] = value, b"within itself"
+            parts = [part for part in self._parts(value) if part]
+            self._done[id(value)] = value, _digest(type(value).__name__, *parts) if parts else b""
+        return self._done[id(value)][1]
 
     def _parts(self, value: Any) -> Iterator[str | bytes]:
         """What an object's hash is made of."""
-        if isinstance(value, Tensor):
-            yield b"" if id(value) in self._apart else tensor_hash(value)
-        elif isinstance(value, np.ndarray) and value.dtype != object:
-            yield f"{value.shape} {value.dtype}"
-            yield value.tobytes()
-        elif isinstance(value, (list, tuple)):
+        if isinstance(value, (*_LITERALS, Tensor, np.ndarray, np.generic)):
+            return
+        if isinstance(value, (list, tuple)):
             yield from map(self.of, value)
         elif isinstance(value, Mapping):
-            yield from (self.of(part) for item in value.items() for part in item)
+            yield from map(self.of, value.values())
         elif isinstance(value, (set, frozenset)):  # in another order in each process
             yield from sorted(map(self.of, value))
         elif isinstance(value, functools.partial):
@@ -100,58 +84,50 @@ class Fingerprint:
             yield from self._of_instance(value)
 
     def _of_function(self, function: FunctionType) -> Iterator[str | bytes]:
-        names = function.__globals__
+        names, code = function.__globals__, function.__code__
         if self._is_installed(str(names.get("__name__", ""))):
             yield f"{names.get('__name__')}.{function.__qualname__}"
             yield self.of(getattr(function, "__wrapped__", None))
             return
-        code, assigned = function.__code__, _assigned(function.__code__)
         yield _code_hash(code)
-        yield self.of((function.__defaults__, function.__kwdefaults__))
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            if name not in assigned:
-                yield from self._constant(name, _contents(cell))
-        used = sorted({name for part in _nested(code) for name in part.co_names} - assigned)
+        yield from map(self._literal, [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()])
+        yield from (self.of(_contents(cell)) for cell in function.__closure__ or ())
+        used = sorted({name for part in _nested(code) for name in part.co_names})
         for name in used:
             found = names.get(name)
             if isinstance(found, ModuleType) and not self._is_installed(found.__name__):
-                for inner in used:
-                    if inner in vars(found):
-                        yield from self._constant(inner, vars(found)[inner])
-            elif name in names:
-                yield from self._constant(name, found)
+                yield from (self.of(vars(found)[inner]) for inner in used if inner in vars(found))
+            else:
+                yield self.of(found)
 
     def _of_class(self, kind: type) -> Iterator[str | bytes]:
         for base in kind.__mro__[:-1]:
             yield full_name(base)
             if not self._is_installed(base.__module__):
-                assigned = _state_of(base)
                 for name, value in sorted(vars(base).items()):
-                    if name not in _OF_CLASSES and name not in assigned:
-                        yield from self._constant(name, value)
+                    if name not in _OF_CLASSES:
+                        yield name
+                        yield self._literal(value)
 
     def _of_instance(self, value: Any) -> Iterator[str | bytes]:
         kind, attributes = type(value), _attributes(value)
         package = kind.__module__.partition(".")[0]
-        yield self.of(kind)
         yield self.of(attributes.get("__wrapped__"))  # of functions with a cache
         if package == "torch":  # of what torch.fx or torch.jit compiled
             yield str(getattr(value, "code", ""))
-        if isinstance(value, nn.Module):
-            yield from map(self.of, (value._modules, value._parameters, value._buffers))
-        elif package in _OPAQUE or package in sys.stdlib_module_names:
-            return
-        state = {name for base in kind.__mro__ if not base.__module__.startswith("torch.") for name in _state_of(base)}
-        for name, part in sorted(attributes.items()):
-            if name not in state and not (isinstance(value, nn.Module) and name in _OF_MODULES):
-                yield name
-                yield self.of(part)
+        module = isinstance(value, nn.Module)
+        if module or not (package in _CLOSED or package in sys.stdlib_module_names):
+            yield self.of(kind)
+            for name, part in sorted(attributes.items()):
+                if not (module and name in _OF_MODULES) and (found := self.of(part)):
+                    yield name
+                    yield found
 
-    def _constant(self, name: str, value: Any) -> Iterator[str | bytes]:
-        """What a name stands for, where that does not look like state."""
-        if not isinstance(value, _MUTABLE) or name.isupper():
-            yield name
-            yield self.of(value)
+    def _literal(self, value: Any) -> bytes:
+        """The hash of what stands in a source: with its value, where it is a literal or a tuple of such."""
+        if isinstance(value, tuple):
+            return _digest(*map(self._literal, value))
+        return _digest(described(value)) if isinstance(value, _LITERALS) else self.of(value)
 
     def _is_installed(self, module: str) -> bool:
         """Whether a module's code is known by a version: that of its package, of Python, or of gpuclust."""
@@ -209,20 +185,6 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
     for value in code.co_consts:
         if isinstance(value, CodeType):
             yield from _nested(value)
-
-
-@cache
-def _assigned(code: CodeType, operation: str = r"STORE_(GLOBAL|DEREF)") -> frozenset[str]:
-    """Names that a function assigns outside of itself while it runs, or in itself for functions within it."""
-    steps = (step for part in _nested(code) for step in dis.get_instructions(part))
-    return frozenset(str(step.argval) for step in steps if re.fullmatch(operation, step.opname))
-
-
-@cache
-def _state_of(kind: type) -> frozenset[str]:
-    """Attributes that methods of a class assign once an instance is built."""
-    codes = (getattr(value, "__code__", None) for name, value in vars(kind).items() if name not in _BUILDING)
-    return frozenset().union(*(_assigned(code, "STORE_ATTR") for code in codes if code))
 
 
 def _contents(cell: CellType) -> Any:

@@ -1,5 +1,8 @@
 """What a result depends on besides options and images, as hashes and versions: how a run knows whether it is the same.
 
+Code is compared as such. What it does with values (numbers that a transform closes over, attributes of a module, a
+hook) is seen in what becomes of the first image, which may differ by what rounds in another way, and no more.
+
 A driver's version is no part of it: kernels are compiled for the card by libraries that are compared here (torch's,
 NVRTC, Triton), and not by the driver. It is in run.json, for whoever doubts that.
 """
@@ -7,6 +10,7 @@ NVRTC, Triton), and not by the driver. It is in run.json, for whoever doubts tha
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -23,6 +27,8 @@ from gpuclust.kernels import ROOT, nvrtc
 
 # Packages that decode and transform images, run the network, and compute clusters and scores.
 _PACKAGES = ("gpuclust", "torch", "torchvision", "pillow", "numpy", "scipy", "scikit-learn")
+# What activations may differ by, as a share of their norm, where sums are in another order: at least.
+_ROUNDING = 1e-5
 # Parts of gpuclust that say nothing about results: a page can be written anew by another version of them.
 _TELLING = ("__main__.py", "bench", "cli.py", "demo", "doctor.py", "progress.py", "report")
 
@@ -58,8 +64,8 @@ def of_network(module: nn.Module, transform: Any) -> dict[str, str]:
 
     And the versions of the packages that they are from, by name.
     """
-    tensors = dict(module.named_buffers(remove_duplicate=False)) | module.state_dict(keep_vars=True)
-    seen = Fingerprint(value for value in (*tensors.values(), *module.parameters()) if isinstance(value, Tensor))
+    tensors = dict(module.named_buffers(remove_duplicate=False)) | module.state_dict()
+    seen = Fingerprint()
     network = hashlib.sha256(described(module).encode() + seen.of(module)).hexdigest()
     own = seen.of(transform).hex()
     return {
@@ -68,6 +74,26 @@ def of_network(module: nn.Module, transform: Any) -> dict[str, str]:
         "tensors": _hash_tensors(tensors),
         **{name: version for name, version in sorted(seen.packages.items()) if name not in _PACKAGES},
     }
+
+
+def summary(values: Tensor) -> list[float]:
+    """What `alike` compares of activations: norm, a sum that tells where they stand, and what rounding may do."""
+    norm2, weighted, start = 0.0, 0.0, 0
+    for part in values.flatten().split(1 << 16):
+        part = part.to("cpu", torch.float64)
+        norm2 += float(part @ part)
+        weighted += float(part @ torch.arange(start, start + len(part), dtype=torch.float64).cos_())
+        start += len(part)
+    eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
+    return [math.sqrt(norm2), weighted, math.sqrt(norm2) * max(_ROUNDING, 16 * eps)]
+
+
+def alike(before: dict[str, list[float]] | None, now: dict[str, list[float]] | None) -> bool:
+    """Whether summaries by the names of layers are of the same activations, but for rounding."""
+    if not before or not now or before.keys() != now.keys():
+        return before == now
+    pairs = [(*pair, now[name][2]) for name in now for pair in zip(before[name], now[name], strict=True)]
+    return all(repr(one) == repr(other) or abs(one - other) <= bound for one, other, bound in pairs)
 
 
 @cache

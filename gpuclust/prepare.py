@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from gpuclust.capture.pixels import Pixels, pixel_bytes
 from gpuclust.capture.planner import make_plan
 from gpuclust.capture.reduce import Reduction, parse_reductions
 from gpuclust.capture.steps import Capture
+from gpuclust.capture.stream import ActivationStream
 from gpuclust.capture.trace import unwrap
 from gpuclust.cluster import KMeans
 from gpuclust.cluster.backends import choose
@@ -37,7 +38,7 @@ from gpuclust.config import Options, command_line, environment
 from gpuclust.doctor import hardware, versions
 from gpuclust.errors import InputError, MemoryLimitError, first_line, is_out_of_memory, users_code
 from gpuclust.free import free_bytes, give_back_at_once
-from gpuclust.identity import of_network, of_software
+from gpuclust.identity import of_network, of_software, summary
 
 # Images of one forward pass, halved until the network's widest activation takes no more than so many bytes. A network's
 # rounding depends on it, so it is part of the result: memory never changes it.
@@ -277,7 +278,21 @@ class Setup:
             "memory_format": _name(self.memory_format),
             **of_network(unwrap(self.network.module), self.network.transform),
             "images": self.images.fingerprint(),
+            **self._first_image(),
         }
+
+    def _first_image(self) -> dict[str, Any]:
+        """What becomes of it: summaries of the network's input and of each layer's activation."""
+        found: dict[str, list[float]] = {}
+        image = self.example if _shape_is_unknown(self.network, self.images) else _first(self.network, self.images)
+        image = image.to(self.device, self.input_dtype).contiguous(memory_format=self.memory_format)
+        with (
+            ActivationStream(self.network.module, self.layers) as stream,
+            users_code(f"{self.network.name} on the first image raised"),
+            seeded(self.settings.seed),
+        ):
+            stream.forward(image, lambda layer, activation: found.update({layer.name: summary(activation)}))
+        return {"input": {"image": summary(image)}, "activations": found}
 
 
 def find_network(model: Any, images: ImageSource | Imagined, settings: Options, *, download: bool = True) -> Network:
@@ -427,9 +442,19 @@ def find_in(network: Network, example: Tensor, seed: int = 0) -> list[Layer]:
 
 def _example(network: Network, images: ImageSource | Imagined) -> Tensor:
     """One image ``(1, c, h, w)`` as the network will see it; a data set may hold tensors of any shape."""
-    if isinstance(images, Imagined) or (network.input_shape and images.describe()["kind"] != "dataset"):
+    if isinstance(images, Imagined) or not _shape_is_unknown(network, images):
         return torch.zeros(1, *(network.input_shape or (3, 224, 224)))
-    return next(images.batches(network.transform, 1, 0)).images
+    return _first(network, images)
+
+
+def _shape_is_unknown(network: Network, images: ImageSource) -> bool:
+    return not network.input_shape or images.describe()["kind"] == "dataset"
+
+
+def _first(network: Network, images: ImageSource) -> Tensor:
+    """The first image of a run ``(1, c, h, w)``."""
+    with closing(images.batches(network.transform, 1, 0)) as batches:
+        return next(batches).images
 
 
 def find_images(data: Any, settings: Options) -> ImageSource:

@@ -1,4 +1,4 @@
-"""Which objects count as the same: those that compute the same, whatever changed in them while a run went on."""
+"""Which objects count as the same: those that run the same code, whatever values they hold."""
 
 from __future__ import annotations
 
@@ -21,57 +21,58 @@ from gpuclust.fingerprint import Fingerprint
 DIFFERENT = {
     "body": "f = lambda x: x + {0}",
     "default": "def f(x, by={0}): return x + by",
+    "tuple as default": "def f(x, by=({0}, 2)): return x + by[0]",
     "keyword default": "def f(x, *, by={0}): return x + by",
-    "closure": "def make(by):\n    return lambda x: x + by\nf = make({0})",
     "helper": "def helper(x): return x + {0}\ndef f(x): return helper(x)",
     "helper of a nested function": "def helper(x): return x + {0}\ndef f(x): return [helper(y) for y in x]",
-    "constant": "BY = ({0}, 2)\ndef f(x): return x + BY[0]",
-    "list in capitals": "MEAN = [{0}, 2]\ndef f(x): return x + MEAN[0]",
-    "module": "import own\nown.by = {0}\ndef f(x): return own.by + x",
+    "helper in a module": "import own\nown.by = lambda x: x + {0}\ndef f(x): return own.by(x)",
+    "helper in a list": "def helper(x): return x + {0}\nhelpers = [helper]\ndef f(x): return helpers[0](x)",
+    "closure": "def make(by):\n    return lambda x: by(x)\nf = make(lambda x: x + {0})",
     "decorated": "import torch\n@torch.no_grad()\ndef f(x): return x + {0}",
     "wrapped": (
         "import functools\ndef twice(g):\n    @functools.wraps(g)\n    def call(x): return g(g(x))\n    return call\n"
         "@twice\ndef f(x): return x + {0}"
     ),
     "cached": "import functools\n@functools.cache\ndef f(x): return x + {0}",
-    "partial": "import functools\ndef g(x, by): return x + by\nf = functools.partial(g, by={0})",
+    "partial": "import functools\ndef g(x, by): return x + {0}\nf = functools.partial(g, by=1)",
     "method": "class C:\n    def __call__(self, x): return x + {0}\nf = C()",
-    "bound method": "class C:\n    def __init__(self): self.by = {0}\n    def go(self): return self.by\nf = C().go",
+    "bound method": "class C:\n    def go(self): return {0}\nf = C().go",
     "static method": "class C:\n    @staticmethod\n    def go(x): return x + {0}\nf = C()",
     "property": "class C:\n    @property\n    def by(self): return {0}\nf = C()",
     "class constant": "class C:\n    by = {0}\nf = C()",
-    "attribute": "class C:\n    def __init__(self): self.by = {0}\nf = C()",
-    "list attribute": "class C:\n    def __init__(self): self.by = [{0}]\nf = C()",
-    "slot": "class C:\n    __slots__ = ('by',)\n    def __init__(self): self.by = {0}\nf = C()",
-    "data class": "import dataclasses\n@dataclasses.dataclass\nclass C:\n    by: int\nf = C({0})",
-    "array": "import numpy\nclass C:\n    by = numpy.array([{0}])\nf = C()",
-    "tensor": "import torch\nclass C:\n    by = torch.tensor([{0}])\nf = C()",
+    "class": "class C:\n    by = {0}\ndef f(x): return C().by",
+    "attribute": "class C:\n    def __init__(self): self.by = lambda x: x + {0}\nf = C()",
+    "slot": "class C:\n    __slots__ = ('by',)\n    def __init__(self): self.by = lambda x: x + {0}\nf = C()",
+    "data class": "import dataclasses\n@dataclasses.dataclass\nclass C:\n    by: int = {0}\nf = C()",
     "compose": "from torchvision.transforms import *\nf = Compose([ToTensor(), Lambda(lambda x: x + {0})])",
-    "normalize": "from torchvision.transforms import *\nf = Compose([Normalize([{0}.0], [1.0])])",
     "part": "from torch import nn\nclass C(nn.Module):\n    def forward(self): return {0}\nf = nn.Sequential(C())",
     "part's attribute": (
         "from torch import nn\nclass C(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-        "        self.by = {0}\nf = nn.Sequential(C())"
+        "        self.by = lambda x: x + {0}\nf = nn.Sequential(C())"
     ),
     "mixin after a base of torch's": (
         "from torch import nn\nclass Mixin:\n    def forward(self, x): return x + {0}\n"
         "class C(nn.Sequential, Mixin): pass\nf = C()"
     ),
+    "compiled": (
+        "import torch\nclass C(torch.nn.Module):\n    def forward(self, x): return x + {0}\n"
+        "f = torch.fx.symbolic_trace(C())"
+    ),
     "frozen set": "def f(x): return x in {{'{0}', 'b', 'c'}}",
 }
 SAME = {
-    "global that is assigned": "N = {0}\ndef f(x):\n    global N\n    N += 1\n    return x",
-    "closure that is assigned": (
-        "def make(n):\n    def f(x):\n        nonlocal n\n        n += 1\n        return x\n    return f\nf = make({0})"
-    ),
+    "global": "N = {0}\ndef f(x):\n    global N\n    N += 1\n    return x",
+    "closure": "def make(n):\n    return lambda x: x + n\nf = make({0} - 1 or None)",
     "list that is filled": "calls = [1] * {0}\ndef f(x):\n    calls.append(1)\n    return x",
-    "attribute that is assigned": (
-        "class C:\n    def __init__(self, n): self.n = n\n    def __call__(self, x):\n        self.n += 1\nf = C({0})"
+    "attribute": "class C:\n    def __init__(self, n): self.n = n\nf = C({0})",
+    "attribute of a part": (
+        "from torch import nn\nclass C(nn.Module):\n    def __init__(self, n):\n        super().__init__()\n"
+        "        self.n = n\nf = nn.Sequential(C({0} - 1 or 'none'))"
     ),
     "hook": (
-        "from torch import nn\nf = nn.Linear(1, 1)\nf.weight = f.bias = None\n"
-        "for i in range({0}): f.register_forward_hook(lambda *_: None)"
+        "from torch import nn\nf = nn.Linear(1, 1)\nfor i in range({0}): f.register_forward_hook(lambda *_: None)"
     ),
+    "weights": "from torch import nn\nf = nn.Linear(1, 1)",
     "event": "import threading\nevent = threading.Event()\nif {0} == 1: event.set()\ndef f(x): return event.is_set()",
     "comments": "def f(x):  # {0}\n    return x",
     "generator": "import numpy\nrng = numpy.random.default_rng({0})\ndef f(x): return rng.random()",
@@ -93,7 +94,7 @@ def test_what_computes_something_else_has_another_hash(text: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("text", SAME.values(), ids=SAME.keys())
-def test_what_changes_while_a_run_goes_on_counts_as_the_same(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_do_not_count(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = (Fingerprint().of(made(text, by, monkeypatch)) for by in (1, 2))
     assert one == other
 
@@ -101,11 +102,7 @@ def test_what_changes_while_a_run_goes_on_counts_as_the_same(text: str, monkeypa
 @pytest.mark.parametrize(
     "value",
     [
-        torch.empty(2, device="meta"),
-        torch.eye(3).to_sparse(),
-        torch.ones(2, dtype=torch.complex64),
         torch.ones(()),
-        torch.ones(0, 3),
         np.array([{"a": 1}, None], dtype=object),
         threading.Lock(),
         functools.partial(print, 1),
@@ -123,12 +120,12 @@ def test_any_object_has_a_hash(value: Any) -> None:
 
 
 def test_objects_that_hold_each_other() -> None:
-    def ring(size: int) -> Any:
-        first: list[Any] = [size]
-        first.append([first, print])
+    def ring(*parts: Any) -> Any:
+        first: list[Any] = [*parts]
+        first.append([first, ring])
         return first
 
-    assert Fingerprint().of(ring(1)) == Fingerprint().of(ring(1)) != Fingerprint().of(ring(2))
+    assert Fingerprint().of(ring(len)) == Fingerprint().of(ring(len)) != Fingerprint().of(ring(made))
 
 
 def test_installed_packages_are_known_by_their_versions() -> None:
@@ -159,9 +156,3 @@ def test_processes_agree() -> None:
     }
     assert len(said) == 1
     assert len(said.pop().splitlines()) == len(DIFFERENT) + len(SAME)
-
-
-def test_a_tensor_apart_counts_as_nothing() -> None:
-    one, two = torch.zeros(2), torch.ones(2)
-    assert Fingerprint([one]).of([one]) == Fingerprint([two]).of([two])
-    assert Fingerprint().of([one]) != Fingerprint().of([two])

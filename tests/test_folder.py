@@ -161,6 +161,46 @@ def test_other_weights_networks_and_images_are_noticed(tmp_path: Path) -> None:
         analyze(data, out, layers="pool", resume=True)
 
 
+class Scaled(cases.SmallNet):
+    """With values that are neither weights nor code: one that counts, and one that does not."""
+
+    def __init__(self, scale: float = 1.0, note: object = None) -> None:
+        super().__init__()
+        self.scale, self.note = scale, note
+        self.load_state_dict(cases.small_net().state_dict())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images * self.scale)
+
+
+def shifted(by: int) -> Any:
+    return lambda picture: cases.to_tensor(picture).roll(by, -1)
+
+
+def test_values_that_change_what_is_computed_are_noticed_and_others_are_not(tmp_path: Path) -> None:
+    data, out = cases.write_folder(tmp_path / "pictures", per_class=4), tmp_path / "run"
+
+    def resume(network: Any, by: int = 0) -> None:
+        gpuclust.analyze((network, shifted(by)), data, out=out, layers="pool", resume=True)
+
+    resume(Scaled())
+    resume(Scaled(note="of another run"))
+    hooked = Scaled()
+    seen: list[int] = []
+    hooked.pool.register_forward_hook(lambda *_: seen.append(1))
+    resume(hooked)
+    assert seen
+    for network, by, message in (
+        (Scaled(1.01), 0, "the network makes something else of the first image"),
+        (Scaled(), 1, "the transform makes something else of the first image"),
+    ):
+        with pytest.raises(InputError, match=f"is another one: {message}[.] Resume it"):
+            resume(network, by)
+    hooked.features.register_forward_hook(lambda _, __, output: -output)
+    with pytest.raises(InputError, match=r"is another one: the network makes something else of the first image[.]"):
+        resume(hooked)
+
+
 def test_another_image_in_the_place_of_a_bad_one_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, out = cases.write_folder(tmp_path / "pictures"), tmp_path / "run"
     chosen = open_images(data, per_class=7)

@@ -143,3 +143,20 @@ def test_packages_of_a_network_are_named_with_their_versions() -> None:
 
     assert of_network(timm.create_model("resnet10t"), None)["timm"] == timm.__version__
     assert set(of_network(squeezenet1_1(), None)) == {"transform", "network", "tensors"}
+
+
+def test_activations_are_the_same_but_for_rounding() -> None:
+    values = torch.randn(1, 30, 50, 50, generator=torch.Generator().manual_seed(0))
+    of = {name: {"a": identity.summary(one)} for name, one in (
+        ("same", values), ("rounded", values * (1 + 1e-6)), ("other", values * 1.0001), ("turned", values.flip(-1)),
+        ("format", values.to(memory_format=torch.channels_last)), ("nothing", values * 0), ("hole", values / 0),
+    )}  # fmt: skip
+    assert identity.alike(of["same"], of["rounded"])
+    assert identity.alike(of["same"], of["format"])
+    assert identity.alike(of["nothing"], of["nothing"])
+    assert identity.alike(of["hole"], of["hole"])
+    for name in ("other", "turned", "nothing", "hole"):
+        assert not identity.alike(of["same"], of[name])
+        assert not identity.alike(of[name], of["same"])
+    assert not identity.alike(of["same"], {"b": of["same"]["a"]})
+    assert not identity.alike(None, of["same"])

@@ -9,7 +9,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
@@ -186,7 +186,9 @@ class ImageSource:
         self._pictures: bool | None = None
         self._reset()
 
-    def batches(self, transform: Transform | None, batch_size: int, workers: int | None = None) -> Iterator[Batch]:
+    def batches(
+        self, transform: Transform | None, batch_size: int, workers: int | None = None
+    ) -> Generator[Batch, None, None]:
         """One pass over the images; every batch but the last has exactly `batch_size` of them.
 
         Parameters

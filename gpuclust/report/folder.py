@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 from gpuclust.compare.result import LayerResult
 from gpuclust.errors import GpuclustError, InputError
 from gpuclust.files import make_folder, put, temporary_name, write
+from gpuclust.identity import alike
 from gpuclust.report.lock import FolderLock
 from gpuclust.report.report import DAMAGE, LAYER_FILE, STATE, Report, Samples, layer_file, samples_file
 from gpuclust.report.thumbs import Thumbs
@@ -33,7 +34,14 @@ _TOLD = {
     "tensors": ("the weights are not the same", ("model", "weights", "seed", "network", "torch")),
     "code": ("the code of gpuclust is not the same ({gpuclust} both times)", ("gpuclust",)),
     "transform": ("transform was {before}, is {now}", ("python",)),
+    "input": ("the transform makes something else of the first image", ("model", "python", "transform", "images")),
+    "activations": (
+        "the network makes something else of the first image",
+        ("model", "weights", "seed", "layers", "python", "torch", "device", "network", "tensors", "images", "input"),
+    ),
 }
+# What is compared but for rounding.
+_ROUNDED = ("input", "activations")
 
 Read = TypeVar("Read")
 
@@ -251,7 +259,12 @@ def _held(folder: Path) -> list[str]:
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs, each as a person would say it."""
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    names = {**before, **now}
+    changed = [
+        name
+        for name in names
+        if not (alike(before.get(name), now.get(name)) if name in _ROUNDED else before.get(name) == now.get(name))
+    ]
     said = []
     for name in changed:
         words, told_by = _TOLD.get(name, (f"{name} was {{before}}, is {{now}}", ()))
