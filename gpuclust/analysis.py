@@ -9,6 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from gpuclust.energy import Energy
 from gpuclust.errors import InputError, first_line, is_out_of_memory
 from gpuclust.free import give_back
 from gpuclust.libraries import load_libraries, touch_code
+from gpuclust.peak import peak_bytes, start_peak
 from gpuclust.prepare import (
     Imagined,
     Setup,
@@ -36,9 +38,7 @@ from gpuclust.prepare import (
     find_in,
     find_network,
     in_memory,
-    peak_bytes,
     prepare,
-    start_peak,
 )
 from gpuclust.profile import named, profiled
 from gpuclust.progress import Progress
@@ -240,6 +240,7 @@ def study(setup: Setup, rows: LayerRows, samples: Samples, bar: Progress, note: 
         # Fewer distinct rows than clusters: a note of the layer says so below.
         warnings.filterwarnings("ignore", "Number of distinct clusters")
         fit = setup.kmeans(k, limit).fit(source).fit_report_
+    fit = replace(fit, centroids=fit.centroids.new_empty(0))  # a page has no use for them, and the rest needs the room
     cluster_s, peak = time.perf_counter() - started, peak_bytes(setup.device)
     labels = fit.labels.cpu().numpy()
     with named("score"):

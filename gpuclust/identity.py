@@ -79,6 +79,7 @@ def of_network(module: nn.Module, transform: Any) -> dict[str, str]:
 def summary(values: Tensor) -> list[float]:
     """What `alike` compares of activations: norm, a sum that tells where they stand, and what rounding may do."""
     norm2, weighted, start = 0.0, 0.0, 0
+    values = values.dequantize() if values.is_quantized else values
     for part in values.flatten().split(1 << 16):
         part = part.to("cpu", torch.float64)
         norm2 += float(part @ part)

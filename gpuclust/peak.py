@@ -1,7 +1,9 @@
-"""What a call takes above what was held before it: on a GPU, or of the process's memory."""
+"""What a call takes above what was held before it, on a GPU or of the process's memory; and the most that was held."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -40,6 +42,20 @@ class PeakMemory:
         if self._by_torch:
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return max(0, self._before - torch.cuda.mem_get_info(self._device)[0])
+
+
+def start_peak(device: torch.device) -> None:
+    """Begin to watch the device's peak memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The device's peak memory since `start_peak`; on a CPU the process's peak since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _begin() -> int | None:

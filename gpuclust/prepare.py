@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +42,7 @@ from gpuclust.identity import of_network, of_software, summary
 # rounding depends on it, so it is part of the result: memory never changes it.
 BATCH_SIZE, _BATCH_BYTES = {"cpu": 32, "cuda": 128}, {"cpu": 16 << 20, "cuda": 512 << 20}
 # What the process takes beside tensors once it runs: stacks of threads, code, what is left of pieces given back.
-_RESERVE_BYTES = {"cpu": 28 << 20}
+_RESERVE_BYTES = {"cpu": 24 << 20}
 # Of a GPU's memory, what is free once a process with torch is there.
 _CARD_SHARE = 0.95
 # Options that say how a run goes about it, and nothing about what it finds.
@@ -492,17 +490,3 @@ def in_memory() -> Iterator[None]:
             "memory ran out where the plan said that it would do (another process may have taken it): "
             f"{first_line(error)}; take fewer images (--per-class), fewer layers (--layers) or --dtype float16"
         ) from error
-
-
-def start_peak(device: torch.device) -> None:
-    """Begin to watch the device's peak memory."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The device's peak memory since `start_peak`; on a CPU the process's peak since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -134,6 +134,21 @@ def test_only_the_batches_that_hold_wanted_rows_pass_through_the_network_and_onl
         handle.remove()
 
 
+def test_a_batch_of_rows_is_gone_when_the_next_is_computed() -> None:
+    """Whoever reads them in a loop refers to one batch until it has the next."""
+    made, layers = passes(8)
+    for _ in made.first([], lambda *_: None):
+        pass
+    sizes: list[list[int]] = []
+    rows: list[Tensor] = []
+    made.network.module.register_forward_pre_hook(lambda *_: sizes.append([x.untyped_storage().nbytes() for x in rows]))
+    for _, x in Recomputed(made, layers[0], torch.float32, Reduction(), 0.0).chunks(3):
+        rows.append(x)
+    assert len(sizes) == 8
+    assert not any(map(any, sizes))
+    assert len(rows) == 7 * 3 + 2
+
+
 def test_activations_that_are_not_finite_name_the_layer_and_the_image() -> None:
     made, layers = passes(8)
     for _ in made.first([], lambda *_: None):

@@ -91,6 +91,7 @@ def dry_batch(
         {layer: at / seconds for layer, at in reach.items()},
         pixel_bytes,
         decode_s,
+        images + staged,
         peaks,
     )
 
@@ -118,14 +119,15 @@ def counted_batch(
     with FlopCounterMode(display=False) as counter, ActivationStream(module, layers) as stream, seeded(0):
         stream.forward(example[:1], lambda layer, _: reach.__setitem__(layer.name, float(counter.get_total_flops())))
     flops = max(1.0, float(counter.get_total_flops()))
-    images = batch_size * example[0].numel() * example.element_size()
+    images = batch_size * example[0].numel() * example.element_size() + staged_bytes(batch_size, pixel_bytes, "cuda")
     return Forward(
         batch_size,
-        _FORWARD_COPIES * batch_size * widest * 4 + images + staged_bytes(batch_size, pixel_bytes, "cuda"),
+        _FORWARD_COPIES * batch_size * widest * 4 + images,
         batch_size * flops / FLOPS,
         {layer: at / flops for layer, at in reach.items()},
         pixel_bytes,
         decode_s,
+        images,
     )
 
 

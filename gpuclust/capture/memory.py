@@ -32,6 +32,8 @@ class Forward:
         Of one image, as it is kept on the device between passes.
     decode_s : float
         Seconds for reading and decoding one image, with all workers at it.
+    input_bytes : int
+        Of a batch as the network takes it, and as it waits for that.
     peaks : mapping of str to int
         For each layer's name what is held at the peak of a pass that ends there, the images included.
     """
@@ -42,6 +44,7 @@ class Forward:
     reach: Mapping[str, float]
     pixel_bytes: int
     decode_s: float
+    input_bytes: int = 0
     peaks: Mapping[str, int] = field(default_factory=dict)
 
     def peak_to(self, layers: Iterable[str]) -> int:

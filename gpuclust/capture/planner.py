@@ -232,10 +232,10 @@ class _Maker:
 
     def _streamed(self, layer: Layer, left: int, index: int, decode_s: float, rows: dict[str, LayerPlan]) -> Step:
         """A layer whose rows do not fit on the device: the fastest of the ways that there are."""
-        # While rows are computed anew, a forward pass goes on beside k-means, or a batch's activations and rows wait.
-        size, batch = self._rows(layer), self.forward.batch_size * self._width(layer) * (4 + self.dtype.itemsize)
-        forward_bytes = self._forward_bytes([layer.name])
-        held = max(forward_bytes, batch)
+        # While rows are computed anew, a forward pass goes on beside k-means, or a batch's activations become rows.
+        size, forward_bytes = self._rows(layer), self._forward_bytes([layer.name])
+        batch = self.forward.batch_size * (4 * layer.values + self._width(layer) * self.dtype.itemsize)
+        held = max(forward_bytes, batch + self.forward.input_bytes)
         reach_s = self._both(decode_s, self._reach_s(layer))
         ways: list[tuple[str, float, float, int]] = [("recompute", 0.0, reach_s, left - held)]
         if _locked_bytes(size) <= self.room.host_bytes * _HOST_SHARE:

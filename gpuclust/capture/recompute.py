@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 
 import torch
@@ -78,28 +78,25 @@ class Recomputed:
         return out
 
     def _rows(self, wanted: list[int] | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The rows of all batches, or of those with these numbers, each with the number of the first."""
+        """The rows of all batches, or of those with these numbers, each with the number of the first.
+
+        They are gone when the next is asked for, whoever still refers to them: a forward pass needs the room.
+        """
         if wanted == []:
             return
-        with closing(self._activations(wanted)) as batches:
+        with closing(self._passes.activations(self.layer, wanted)) as batches:
             for number, start, activation in batches:
-                x = self._stored(number, activation)
+                x = self._stored(number, self._reduce(activation))
                 del activation
                 if not self._checked and self.dtype != torch.float16:
                     largest_finite(x, start, self.layer.name, self.dtype)
                 yield start, x
-
-    def _activations(self, wanted: list[int] | None = None) -> Generator[tuple[int, int, Tensor], None, None]:
-        with closing(self._passes.activations(self.layer, wanted)) as activations:
-            for number, start, activation in activations:
-                yield number, start, self._reduce(activation)
+                x.untyped_storage().resize_(0)
 
     def _stored(self, number: int, activation: Tensor) -> Tensor:
         """A batch's activations as the rows that are stored of them."""
         if activation.is_quantized:
             activation = activation.dequantize()
-        if activation.dtype == self.dtype and activation.is_contiguous() and not self._scales:
-            return activation.flatten(1)
         x = torch.empty(len(activation), self.shape[1], dtype=self.dtype, device=self.device)
         scale, ratios = self._scales[number] if self._scales else (1.0, [])
         put_rows(activation, x, scale)
@@ -110,12 +107,15 @@ class Recomputed:
     def _find_scale(self) -> float:
         """A pass that follows what `LayerStore` does to float16 rows; what it did is kept in ``_scales``."""
         scale = Scale()
-        for _, start, activation in self._activations():
-            if activation.is_quantized:
-                activation = activation.dequantize()
-            ratio = scale.fit(largest_finite(activation, start, self.layer.name, self.dtype))
-            if ratio != 1.0:
-                for _, ratios in self._scales:
-                    ratios.append(ratio)
-            self._scales.append((scale.value, []))
+        with closing(self._passes.activations(self.layer)) as batches:
+            for _, start, activation in batches:
+                reduced = self._reduce(activation)
+                if reduced.is_quantized:
+                    reduced = reduced.dequantize()
+                ratio = scale.fit(largest_finite(reduced, start, self.layer.name, self.dtype))
+                del activation, reduced
+                if ratio != 1.0:
+                    for _, ratios in self._scales:
+                        ratios.append(ratio)
+                self._scales.append((scale.value, []))
         return scale.value

@@ -110,25 +110,29 @@ def draw_figure2(report: Report) -> Figure:
     samples, results = report.samples, report.results
     shown = followed_class(report)
     step = TILE + GAP
-    canvas = np.full((len(results) * step, PER_ROW * step, 3), 255, np.uint8)
+    width, height = PER_ROW * step, len(results) * step
+    figure, axes = _figure(10.5, 0.55 * len(results) + 0.8)
     notes = []
     for row, result in enumerate(results):
         cluster = np.flatnonzero(result.match == shown)
         members = np.flatnonzero(result.labels == cluster[0]) if len(cluster) else np.empty(0, int)
         nearest = members[np.argsort(result.dist2[members], kind="stable")]
         notes.append(f"{int((samples.labels[members] == shown).sum())} of {len(members)}" if len(members) else "none")
+        strip = np.full((step, width, 3), 255, np.uint8)
         for column, image in enumerate(nearest[:PER_ROW]):
             tile = _tile(samples.thumbs[image], colour(int(samples.labels[image])))
-            canvas[row * step : row * step + TILE, column * step : column * step + TILE] = tile
-    figure, axes = _figure(10.5, 0.55 * len(results) + 0.8)
-    axes.imshow(canvas, interpolation="antialiased")
+            strip[:TILE, column * step : column * step + TILE] = tile
+        # Row by row: matplotlib takes a hundred bytes for each pixel that it scales.
+        axes.imshow(strip, extent=(0, width, (row + 1) * step, row * step), interpolation="antialiased")
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
     at = np.arange(len(results)) * step + TILE / 2
     axes.set_yticks(at, [_short(result.layer, 24) for result in results], parse_math=False)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     for y, note in zip(at, notes, strict=True):
-        axes.text(PER_ROW * step + 8, y, note, va="center", fontsize=8.5, color=_INK)
+        axes.text(width + 8, y, note, va="center", fontsize=8.5, color=_INK)
     title = f"Images in the cluster matched to “{_short(samples.classes[shown], 40)}” (right: how many of it are)"
     axes.set_title(title, loc="left", fontsize=10, color=_INK, parse_math=False)
     return figure
