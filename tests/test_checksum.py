@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cases_rows import peak_bytes
 
 from gpuclust.cluster.sources.base import TensorSource
 from gpuclust.cluster.sources.checksum import Checksum, Sample, Unchanged
@@ -59,6 +60,23 @@ def test_no_two_of_the_shuffled_are_the_same() -> None:
     x = torch.arange(64.0, dtype=torch.float64).view(32, 2)
     found = [checksum(x[torch.randperm(32, generator=torch.Generator().manual_seed(seed))]) for seed in range(500)]
     assert len(set(found)) == 500
+
+
+def test_places_in_wide_rows_are_told_apart_within_little_memory() -> None:
+    """Rows of several pieces: values that change places within a piece, between pieces, or with whole pieces."""
+    x = torch.randn(2, 200_000, generator=torch.Generator().manual_seed(0))
+    piece = 1 << 16
+    order = torch.arange(x.shape[1])
+    changed = []
+    for one, other in ((5, 9), (5, 5 + piece), (70_000, 199_999)):
+        swapped = order.clone()
+        swapped[one], swapped[other] = other, one
+        changed.append(x[:, swapped])
+    changed += [torch.cat([x[:, piece : 2 * piece], x[:, :piece], x[:, 2 * piece :]], 1), x.flip(0)]
+    found = {checksum(one) for one in (x, *changed)}
+    assert len(found) == 1 + len(changed)
+    assert checksum(x, 1) == checksum(x)
+    assert peak_bytes(lambda: checksum(x, 1)) < 4 << 20  # products of all values would take 16 bytes each, and 8 stay
 
 
 def test_one_row_in_so_many_is_seen() -> None:
