@@ -33,7 +33,7 @@ _LITERALS = (bool, int, float, complex, str, bytes, type(None), type(...), range
 _WRAPPED = {staticmethod: "__func__", classmethod: "__func__", property: "fget", functools.cached_property: "func"}
 # Packages whose objects hold nothing of the user's; modules of torch's aside.
 _CLOSED = ("torch", "numpy", "PIL")
-_OF_MODULES = {*vars(nn.Module()), "_forward_hooks", "_forward_pre_hooks"} - {"_modules"}
+_OF_MODULES = set(vars(nn.Module())) - {"_modules"}
 _OF_CLASSES = {"__annotations__", "__annotate__", "__annotate_func__", "__doc__", "__firstlineno__", "__module__"}
 
 
@@ -135,7 +135,8 @@ class Fingerprint:
         if package in sys.stdlib_module_names or package == "gpuclust":
             return True
         found = _distribution(package)
-        self.packages |= [found] if found else []
+        if found:
+            self.packages.update([found])
         return found is not None
 
 

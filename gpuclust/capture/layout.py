@@ -19,8 +19,8 @@ def find_memory_format(module: nn.Module, example: Tensor) -> torch.memory_forma
 
     It pays on the CPU, where convolutions keep the format of their input and the library behind them computes in it:
     without it each of them reorders its input and output. On a GPU it has not been measured, and the format stays as it
-    is. Where the activations are views that no other format has (``x.view(len(x), -1)``), torch
-    raises, and the network's own format is kept.
+    is. Where the activations are views that no other format has (``x.view(len(x), -1)``), torch raises, and the
+    network's own format is kept.
 
     Parameters
     ----------

@@ -86,17 +86,20 @@ class Recomputed:
             return
         with closing(self._passes.activations(self.layer, wanted)) as batches:
             for number, start, activation in batches:
-                x = self._stored(number, self._reduce(activation))
+                x = self._stored(number, self._reduced(activation))
                 del activation
                 if not self._checked and self.dtype != torch.float16:
                     largest_finite(x, start, self.layer.name, self.dtype)
                 yield start, x
                 x.untyped_storage().resize_(0)
 
+    def _reduced(self, activation: Tensor) -> Tensor:
+        """What is kept of a batch's activations, in their own shape."""
+        kept = self._reduce(activation)
+        return kept.dequantize() if kept.is_quantized else kept
+
     def _stored(self, number: int, activation: Tensor) -> Tensor:
-        """A batch's activations as the rows that are stored of them."""
-        if activation.is_quantized:
-            activation = activation.dequantize()
+        """What is kept of a batch's activations as the rows that are stored."""
         x = torch.empty(len(activation), self.shape[1], dtype=self.dtype, device=self.device)
         scale, ratios = self._scales[number] if self._scales else (1.0, [])
         put_rows(activation, x, scale)
@@ -109,11 +112,8 @@ class Recomputed:
         scale = Scale()
         with closing(self._passes.activations(self.layer)) as batches:
             for _, start, activation in batches:
-                reduced = self._reduce(activation)
-                if reduced.is_quantized:
-                    reduced = reduced.dequantize()
-                ratio = scale.fit(largest_finite(reduced, start, self.layer.name, self.dtype))
-                del activation, reduced
+                ratio = scale.fit(largest_finite(self._reduced(activation), start, self.layer.name, self.dtype))
+                del activation
                 if ratio != 1.0:
                     for _, ratios in self._scales:
                         ratios.append(ratio)
