@@ -17,16 +17,13 @@ from torchvision.transforms._presets import ImageClassification
 
 from gpuclust import analyze, plan
 from gpuclust.arithmetic import full_precision
-from gpuclust.capture.images import open_images
 from gpuclust.capture.layers import Layer, choose_layers, find_layers
-from gpuclust.capture.layout import find_memory_format
-from gpuclust.capture.models import Network
-from gpuclust.capture.passes import Passes
-from gpuclust.capture.pixels import Pixels
+from gpuclust.capture.layout import in_memory_order
 from gpuclust.capture.store import LayerStore
 from gpuclust.capture.stream import ActivationStream
+from gpuclust.config import Options
 from gpuclust.peak import PeakMemory
-from gpuclust.prepare import usual_batch
+from gpuclust.prepare import find_images, find_network, prepare
 
 IMAGES = 256
 BATCH = {"cpu": 32, "cuda": 128}
@@ -107,53 +104,44 @@ def test_a_pass_over_files(
     That is the network as it comes, or with its inputs in the memory format that the capture chose for them.
     """
     torch.manual_seed(0)
-    network = getattr(torchvision.models, name)(weights=None).eval().to(device)
-    images = open_images(pictures, per_class=count // 2)
-    example = torch.zeros(1, 3, 224, 224, device=device)
-    found = find_layers(network, example)
-    layers = [layer for layer in found if layer.auto]
-    batch_size = usual_batch(device, max(layer.values for layer in found))
-    pixels = Pixels(
-        images,
-        ImageClassification(crop_size=224),
-        batch_size,
-        device=device,
-        dtype=torch.float32,
-        workers=None,
-        keep=kept,
-        memory_format=find_memory_format(network, example),
-    )
-    passes = Passes(Network(name, network, None, None, {}), pixels, 0)
-    stores: dict[str, LayerStore] = {}
+    network = getattr(torchvision.models, name)(weights=None).eval()
+    settings = Options(device=str(device), per_class=count // 2)
+    images = find_images(pictures, settings)
+    model = find_network((network, ImageClassification(crop_size=224)), images, settings)
+    with prepare(model, images, settings) as setup:
+        layers, last = setup.layers, setup.forward.channels_last
+        passes = setup.capture(list).passes
+        pixels = passes.pixels
+        pixels.keep = kept
+        stores: dict[str, LayerStore] = {}
 
-    def write(layer: Layer, _: int, activation: Tensor) -> None:
-        stores[layer.name].append(activation)
+        def write(layer: Layer, _: int, activation: Tensor) -> None:
+            stores[layer.name].append(in_memory_order(activation, layer.name in last))
 
-    def capture() -> None:
-        stores.clear()
-        stores.update(
-            {layer.name: LayerStore(count, layer.values, torch.float32, device, name=layer.name) for layer in layers}
-        )
-        for _ in passes.again(layers, write) if kept else passes.first(layers, write):
-            pass
+        def capture() -> None:
+            stores.clear()
+            for layer in layers:
+                stores[layer.name] = LayerStore(count, layer.values, torch.float32, device, name=layer.name)
+            for _ in passes.again(layers, write) if kept else passes.first(layers, write):
+                pass
 
-    inputs = [batch for _, batch, _ in pixels.first()]
+        inputs = [batch for _, batch, _ in pixels.first()]
 
-    def bare() -> None:
-        with torch.no_grad(), full_precision(device):
-            for batch in inputs:
-                network(batch)
+        def bare() -> None:
+            with torch.no_grad(), full_precision(device):
+                for batch in inputs:
+                    network(batch)
 
-    case = f"{name} auto, {count} JPEGs of 320 x 256, float32, batch {batch_size}"
-    what = "pass over images kept as bytes" if kept else "pass over files"
-    beside = "bare forward pass"
-    if same_format:
-        beside += f", {str(pixels.memory_format).removeprefix('torch.')}"
-    else:
-        inputs = [batch.contiguous() for batch in inputs]
-    capture_s, bare_s = in_turn(capture, bare, FILE_ROUNDS, warmup=1)
-    record(case, beside, bare_s, images_per_s=count / median(bare_s))
-    record(case, what, capture_s, bare_s, beside=beside, images_per_s=count / median(capture_s))
+        case = f"{name} auto, {count} JPEGs of 320 x 256, float32, batch {setup.batch_size}"
+        what = "pass over images kept as bytes" if kept else "pass over files"
+        beside = "bare forward pass"
+        if same_format:
+            beside += f", {str(pixels.memory_format).removeprefix('torch.')}"
+        else:
+            inputs = [batch.contiguous() for batch in inputs]
+        capture_s, bare_s = in_turn(capture, bare, FILE_ROUNDS, warmup=1)
+        record(case, beside, bare_s, images_per_s=count / median(bare_s))
+        record(case, what, capture_s, bare_s, beside=beside, images_per_s=count / median(capture_s))
 
 
 @pytest.mark.parametrize("times", [1, 2, 4])

@@ -1,4 +1,4 @@
-"""How a network's inputs lie in memory: where channels last is taken, and results the same but for rounding."""
+"""How inputs and activations lie in memory: where channels last is taken, rows in that order, the results the same."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from torch.utils.data import TensorDataset
 
 from gpuclust import analyze
 from gpuclust.capture.layout import CHANNELS_LAST, CONTIGUOUS, find_memory_format
+from gpuclust.capture.memory import Step
+from gpuclust.capture.recompute import Recomputed
+from gpuclust.config import Options
+from gpuclust.prepare import find_images, find_network, prepare
 
 IMAGE = torch.zeros(1, 3, 12, 16)
 
@@ -50,6 +54,19 @@ class Draws(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.conv(images) + torch.randn(1)
+
+
+class Turns(nn.Module):
+    """Its second and third layers lie in memory as they do without a run, whatever its input does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+        self.fc = nn.Linear(5 * 8 * 12, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.second(self.first(images).contiguous())
+        return self.fc(maps.flatten(1))
 
 
 class Raises(Draws):
@@ -120,6 +137,42 @@ def test_the_rows_of_a_run_are_those_of_the_network_but_for_rounding(channels: i
     centres = torch.stack([flat[clusters == cluster].mean(0) for cluster in range(3)])
     inertia = (flat - centres[clusters]).square().sum().item()
     assert report.results[0].inertia == pytest.approx(inertia, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_hold_their_values_in_the_order_in_which_these_come(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = Turns().eval()
+    data = TensorDataset(torch.rand(30, 3, 12, 16), torch.arange(30) // 10)
+    settings = Options(device="cpu", layers=("first", "second", "fc"), batch_size=7, dtype=str(dtype)[6:])
+    images = find_images(data, settings)
+    with prepare(find_network(network, images, settings), images, settings) as setup:
+        assert setup.memory_format == CHANNELS_LAST
+        assert setup.forward.channels_last == {"first"}
+        plan = setup.plan(setup.layers)
+        capture = setup.capture(list)
+        capture.begin(plan)
+        (step,) = plan.steps
+        stored = {}
+        for layer in capture.rows(step, setup.layers, lambda batches, _: batches):
+            stored[layer.layer.name] = layer.source.rows.clone(), layer.scale
+        anew = Step(step.layers, "recompute", 0.0, 0)
+        for layer in capture.rows(anew, setup.layers, lambda batches, _: batches):
+            assert isinstance(layer.source, Recomputed)
+            rows, scale = stored[layer.layer.name]
+            assert layer.scale == scale
+            found = torch.cat([x.clone() for _, x in layer.source.chunks(4)])
+            assert torch.equal(found, rows)
+            assert torch.equal(layer.source.take(torch.tensor([29, 3])), rows[[29, 3]])
+        given = data.tensors[0][[int(path) for path in capture.seen()[0]]]
+    first = network.first(given)
+    expected = {
+        "first": first.permute(0, 2, 3, 1).flatten(1),
+        "second": network.second(first).flatten(1),
+        "fc": network(given),
+    }
+    for name, (rows, scale) in stored.items():
+        torch.testing.assert_close(rows.float() / scale, expected[name], rtol=2e-3, atol=2e-3)
 
 
 def test_a_network_that_takes_no_other_format_runs(tmp_path: Path) -> None:

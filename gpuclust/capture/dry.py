@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpuclust.arithmetic import seeded
 from gpuclust.capture.layers import Layer
-from gpuclust.capture.layout import CONTIGUOUS
+from gpuclust.capture.layout import CONTIGUOUS, has_channels_last
 from gpuclust.capture.memory import Forward
 from gpuclust.capture.pixels import staged_bytes
 from gpuclust.capture.stream import ActivationStream
@@ -58,18 +58,20 @@ def dry_batch(
     memory_format
         Of the batch.
     """
-    device, reach, peaks = example.device, dict[str, float](), dict[str, int]()
+    device, reach, peaks, last = example.device, dict[str, float](), dict[str, int](), set[str]()
     images = batch_size * example[0].numel() * example.element_size()
     staged = staged_bytes(batch_size, pixel_bytes, device.type)
 
     def run(watched: PeakMemory | None = None) -> float:
         started = time.perf_counter()
 
-        def arrive(layer: Layer, _: Tensor) -> None:
+        def arrive(layer: Layer, activation: Tensor) -> None:
             _wait(device)
             reach[layer.name] = time.perf_counter() - started
             if watched and (held := watched.peak_bytes()):
                 peaks[layer.name] = max(held, images) + staged
+            if has_channels_last(activation):
+                last.add(layer.name)
 
         with ActivationStream(module, layers) as stream, seeded(0):
             shape = (batch_size, *example.shape[1:])
@@ -93,6 +95,7 @@ def dry_batch(
         decode_s,
         images + staged,
         peaks,
+        frozenset(last),
     )
 
 

@@ -1,4 +1,5 @@
-"""How a network's inputs lie in memory: its rounding depends on it, so it is the network's and the device's own."""
+"""How a network's inputs and activations lie in memory: its rounding depends on it, so it is the network's and the
+device's own, and the rows of a layer hold their values in the order in which these come."""
 
 from __future__ import annotations
 
@@ -39,6 +40,31 @@ def find_memory_format(module: nn.Module, example: Tensor) -> torch.memory_forma
         for way in (CONTIGUOUS, CHANNELS_LAST)
     )
     return CHANNELS_LAST if _same(expected, found) else CONTIGUOUS
+
+
+def has_channels_last(activation: Tensor) -> bool:
+    """Whether an activation ``(b, c, h, w)`` lies channels last and not, as one with c = 1, in both ways."""
+    return (
+        activation.ndim == 4
+        and not activation.is_contiguous()
+        and activation.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def in_memory_order(activation: Tensor, channels_last: bool) -> Tensor:
+    """A view whose order in C is the one in memory: ``(b, h, w, c)`` of an activation ``(b, c, h, w)``.
+
+    It is so whatever the activation's own strides are, so that all rows of a layer have one order. To k-means every
+    order is as good, and to bring channels to the front takes three times as long as to copy them as they lie.
+
+    Parameters
+    ----------
+    activation
+        Of a batch, or what a reduction left of it.
+    channels_last
+        Whether the activations of this layer lie so; see `gpuclust.capture.memory.Forward`.
+    """
+    return activation.permute(0, 2, 3, 1) if channels_last and activation.ndim == 4 else activation
 
 
 def _output(module: nn.Module, images: Tensor) -> Tensor | None:

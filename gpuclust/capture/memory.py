@@ -36,6 +36,8 @@ class Forward:
         Of a batch as the network takes it, and as it waits for that.
     peaks : mapping of str to int
         For each layer's name what is held at the peak of a pass that ends there, the images included.
+    channels_last : frozenset of str
+        Names of the layers whose activations lie in memory channels last, as the rows then hold them.
     """
 
     batch_size: int
@@ -46,6 +48,7 @@ class Forward:
     decode_s: float
     input_bytes: int = 0
     peaks: Mapping[str, int] = field(default_factory=dict)
+    channels_last: frozenset[str] = frozenset()
 
     def peak_to(self, layers: Iterable[str]) -> int:
         """What a pass holds at its peak that ends at the deepest of these layers."""

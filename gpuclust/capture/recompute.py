@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpuclust.capture.layers import Layer
+from gpuclust.capture.layout import in_memory_order
 from gpuclust.capture.passes import Passes
 from gpuclust.capture.reduce import Reduction
 from gpuclust.capture.store import Scale, largest_finite, put_rows
@@ -32,6 +33,8 @@ class Recomputed:
         What is kept of an activation.
     pass_s : float
         What a pass is predicted to take, in seconds.
+    channels_last : bool
+        Whether the activations lie in memory so; see `in_memory_order`.
 
     Attributes
     ----------
@@ -48,7 +51,10 @@ class Recomputed:
         dtype: torch.dtype,
         reduction: Reduction,
         pass_s: float,
+        *,
+        channels_last: bool = False,
     ) -> None:
+        self._channels_last = channels_last
         self.layer, self.dtype, self.pass_s = layer, dtype, pass_s
         self.shape = passes.pixels.n, reduction.values(layer.shape)
         self.device = torch.empty(0, device=passes.pixels.device).device
@@ -94,9 +100,9 @@ class Recomputed:
                 x.untyped_storage().resize_(0)
 
     def _reduced(self, activation: Tensor) -> Tensor:
-        """What is kept of a batch's activations, in their own shape."""
+        """What is kept of a batch's activations, in the order of the rows."""
         kept = self._reduce(activation)
-        return kept.dequantize() if kept.is_quantized else kept
+        return in_memory_order(kept.dequantize() if kept.is_quantized else kept, self._channels_last)
 
     def _stored(self, number: int, activation: Tensor) -> Tensor:
         """What is kept of a batch's activations as the rows that are stored."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gpuclust.capture.layers import Layer
+from gpuclust.capture.layout import in_memory_order
 from gpuclust.capture.memory import LayerPlan, MemoryPlan, Step
 from gpuclust.capture.passes import Passes
 from gpuclust.capture.places import Spill, pinned, read_back
@@ -143,13 +144,15 @@ class Capture:
         """One pass over the images that fills the stores; the first one keeps what is known of the images."""
 
         device = self.passes.pixels.device
+        assert self._plan is not None
         reduce = {layer.name: self.reductions[layer.name].on(layer.shape, device) for layer in layers}
+        last = self._plan.forward.channels_last
 
         def write(layer: Layer, _: int, activation: Tensor) -> None:
             reduced = reduce[layer.name](activation)
             if layer.name in self._distortions:
                 self._distortions[layer.name].see(activation, reduced)
-            stores[layer.name].append(reduced)
+            stores[layer.name].append(in_memory_order(reduced, layer.name in last))
             if files and (file := files[layer.name].file):
                 file.release()
 
@@ -175,8 +178,14 @@ class Capture:
 
     def _recomputed(self, layer: Layer, plan: MemoryPlan) -> LayerRows:
         started = time.perf_counter()
+        forward = plan.forward
         source = Recomputed(
-            self.passes, layer, self.dtype, self.reductions[layer.name], plan.forward.pass_s(plan.n, layer.name)
+            self.passes,
+            layer,
+            self.dtype,
+            self.reductions[layer.name],
+            forward.pass_s(plan.n, layer.name),
+            channels_last=layer.name in forward.channels_last,
         )
         how = "computed anew in each pass of k-means, since they do not fit the memory"
         row, seconds = plan.row(layer.name), time.perf_counter() - started

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from gpuclust.capture.layout import has_channels_last
 from gpuclust.errors import InputError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,7 +51,7 @@ def put_rows(activations: Tensor, rows: Tensor, scale: float = 1.0) -> None:
     # The rows seen in the activations' own shape: a strided copy, whatever their memory format.
     place = rows.view(activations.shape)
     pieces = [(activations, place)]
-    if activations.device.type == "cpu" and _has_channels_last(activations):
+    if activations.device.type == "cpu" and has_channels_last(activations):
         pieces = list(
             zip(activations.flatten(2).split(_POSITIONS, 2), place.flatten(2).split(_POSITIONS, 2), strict=True)
         )
@@ -63,14 +64,6 @@ def put_rows(activations: Tensor, rows: Tensor, scale: float = 1.0) -> None:
             into.copy_(some.float() * scale)
 
 
-def _has_channels_last(activations: Tensor) -> bool:
-    return (
-        activations.ndim == 4
-        and not activations.is_contiguous()
-        and activations.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
 def largest_finite(activations: Tensor, start: int, name: str, dtype: torch.dtype) -> float:
     """The largest magnitude of activations ``(b, ...)``, of which the first is that of image ``start``.
 
@@ -80,7 +73,7 @@ def largest_finite(activations: Tensor, start: int, name: str, dtype: torch.dtyp
         If one of them is NaN or infinite.
     """
     # torch takes 25 times as long where channels are last and it is not shown that they are.
-    low, high = torch.aminmax(activations.permute(0, 2, 3, 1) if _has_channels_last(activations) else activations)
+    low, high = torch.aminmax(activations.permute(0, 2, 3, 1) if has_channels_last(activations) else activations)
     largest = max(-low.item(), high.item())
     if not math.isfinite(low.item() + high.item()):
         refuse(activations.reshape(activations.shape[0], -1), start, name, dtype)
