@@ -152,6 +152,11 @@ def test_arithmetic_in_place_of_a_look_up_where_it_has_the_same_bits(name, monke
     split.floats(CPU, torch.float32)(sent, found)
     LookUp(split.values)(sent, expected)
     assert torch.equal(found, expected)
+    normalized = split.floats(CPU, torch.float32)
+    for some in (sent, sent[:, :, :7], sent):
+        last = torch.empty(some.shape, memory_format=torch.channels_last)
+        normalized(some, last)
+        assert torch.equal(last, expected[:, :, : some.shape[2]])
     # One last bit of one byte is enough to look up instead.
     assert transport._normalize([NORMALISE[0]], as_bytes(SPLIT["v1"]).values) is not None
     values = as_bytes(SPLIT["v1"]).values.clone()

@@ -39,9 +39,12 @@ def pixel_bytes(images: Pictured, transform: Transform | None, example: Tensor) 
 def staged_bytes(batch_size: int, bytes_per_image: int, kind: str) -> int:
     """What `Pixels` holds on a device of this kind beside inputs and what it keeps.
 
-    On a GPU batches to come, and a look-up; in host memory the batch that the input was made of.
+    On a GPU batches to come, and a look-up; in host memory the batch that the input was made of, and one of its images
+    as floats.
     """
-    return 2 * batch_size * bytes_per_image + look_up_bytes(kind) if kind == "cuda" else batch_size * bytes_per_image
+    if kind == "cuda":
+        return 2 * batch_size * bytes_per_image + look_up_bytes(kind)
+    return (batch_size + torch.float32.itemsize) * bytes_per_image
 
 
 class Pixels:
