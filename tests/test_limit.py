@@ -61,6 +61,22 @@ def test_a_fit_stays_within_its_limit(case: str, limit: str) -> None:
     same(model, plain)
 
 
+@pytest.mark.parametrize("summed", [1, 3, 6])
+@pytest.mark.parametrize("max_iter", [1, 4])
+def test_empty_clusters_of_wide_rows_are_filled_within_the_limit(summed: int, max_iter: int) -> None:
+    n, d, k = 200, 60_000, 6
+    x = rows("relu", n, d)
+    init = x[[5, 9, 5, 70, 9, 3]].clone()  # no row is nearest to a centroid that another is equal to
+    needs = dual_needs(Problem(n, d, k, x.dtype, CPU), n)
+    allowed = needs.least + (summed - 1) * needs.sums
+    assert needs.within(allowed, 1).summed == summed
+    parameters = {"init": init, "n_init": 1, "max_iter": max_iter, "tol": 0.0}
+    model = KMeans(k, memory_limit=allowed + 4, solver="dual", **parameters)
+    assert peak_bytes(lambda: model.fit(x)) <= allowed
+    assert len(np.unique(model.labels_)) > 4
+    same(model, KMeans(k, solver="primal", **parameters).fit(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize(("n", "d", "k"), [(400_000, 32, 100), (1000, 50_000, 5)], ids=["narrow", "wide"])

@@ -178,12 +178,14 @@ def test_clear_rows_are_read_for_moments_slices_centroids_and_distances(n: int, 
     x = torch.from_numpy(np.maximum(blobs(np.random.RandomState(0), n, d, k, apart=0.5), 0)).float()
     problem = Problem(n, d, k, x.dtype, CPU, restarts=10)
     needs = dual_needs(problem, n, resident=False)
-    for limit in (needs.least, needs.least + 4_000_000, 1 << 30):
+    for limit in (needs.least, needs.least + (k - 1) * needs.sums, needs.least + 4_000_000, 1 << 30):
         source, share = Passes(x), needs.within(limit, 10)
         found = fit_kmeans(source, k, n_init=10, solver="dual", memory_limit=limit)
         width = slice_width(n, d, CPU, share.halvings)
         slices = math.ceil(d / wide_width(n, d, width, 4, share.slice_bytes))
-        assert source.passes <= 3 + slices + 1 + 1
+        groups = math.ceil(k / share.summed)
+        assert groups == (k if limit == needs.least else 1)
+        assert source.passes <= 3 + slices + groups + 1
         assert len(source.taken) <= 3
         costs = plan(problem, limit, resident=False, asked=True)
         assert source.passes <= costs.dual_passes <= source.passes + 3

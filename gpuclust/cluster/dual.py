@@ -38,6 +38,7 @@ from gpuclust.cluster.relief import relieved
 from gpuclust.cluster.seeding.image import KnownImage, Pixels
 from gpuclust.cluster.sources.checksum import require_unchanged
 from gpuclust.cluster.story import Story
+from gpuclust.cluster.sums import tree_sum
 
 # Values of the scores that are worked on at a time.
 _PIECE_VALUES = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -77,16 +78,26 @@ class Dual:
         For true centroids and rows beside those of one restart, which saves passes over streamed rows.
     slice_bytes : int
         For features of all rows that are read in one pass, where the rows are streamed.
+    summed : int, optional
+        Clusters whose sums there is room for at a time; by default those of a restart.
     image : bool
         Whether the products of the image, by which seeding draws, are found in these passes: `take_image`.
     """
 
-    def __init__(self, lloyd: Lloyd, spare_bytes: int = 0, slice_bytes: int = 0, *, image: bool = False) -> None:
+    def __init__(
+        self,
+        lloyd: Lloyd,
+        spare_bytes: int = 0,
+        slice_bytes: int = 0,
+        summed: int | None = None,
+        *,
+        image: bool = False,
+    ) -> None:
         self.lloyd, self.source, self.moments, self.weights = lloyd, lloyd.source, lloyd.moments, lloyd.weights
         pixels = Pixels(lloyd.source, lloyd.moments) if image else None
         self.gram = Gram(lloyd.source, lloyd.moments, slice_bytes, pixels)
         self.rounding = Rounding(lloyd.moments, lloyd.weights, lloyd.source.dtype)
-        self.means = Means(lloyd, spare_bytes)
+        self.means = Means(lloyd, spare_bytes, summed)
         self.certain = not lloyd.moments.frame.vanishing or lloyd.source.dtype != torch.float64
 
     def take_image(self) -> KnownImage | None:
@@ -268,10 +279,9 @@ class Dual:
         if rows:
             for (i, cluster, _), x in zip(rows, self.means.take([row for *_, row in rows]), strict=True):
                 known[i][cluster] = x.to(self.means.dtype, copy=True)
-        if moved:
-            sums = self.means.sums([(centres.home[i], some) for i, some in moved])
-            pairs = [(i, cluster) for i, some in moved for cluster in some]
-            for at, (i, cluster) in enumerate(pairs):
+        for job, part, sums in self.means.parts([(centres.home[i], some) for i, some in moved]):
+            i, some = moved[job]
+            for at, cluster in enumerate(some[part]):
                 known[i][cluster] = self.means.centroid(sums[:, at], centres.mass[i, cluster])
 
     # ---- moving
@@ -324,7 +334,8 @@ class Dual:
         every = list(range(len(mass)))
         centroids = self._true(centres, i, every)
         centres.known[i] = {}
-        return self.lloyd.update(centroids, labels, self.means.sums([(labels, every)]), mass), centroids
+        parts = ((part, sums) for _, part, sums in self.means.parts([(labels, every)]))
+        return self.lloyd.update_parts(centroids, labels, parts, mass), centroids
 
     @staticmethod
     def _touched(old: torch.Tensor, new: torch.Tensor, k: int) -> torch.Tensor:
@@ -358,14 +369,16 @@ class Dual:
         return inertia, off
 
 
-def solutions(lloyd: Lloyd, endings: Sequence[Ending], spare_bytes: int = 0) -> list[Solution]:
+def solutions(
+    lloyd: Lloyd, endings: Sequence[Ending], spare_bytes: int = 0, summed: int | None = None
+) -> list[Solution]:
     """Those that can be the best, with true centroids; of those with the same partition the first.
 
-    The matrix is not needed for it. ``spare_bytes`` are for more than the centroids of one restart at a time.
+    The matrix is not needed for it. ``spare_bytes`` and ``summed`` are as in `Means`.
     """
-    means, every = Means(lloyd, spare_bytes), list(range(len(endings[0].mass)))
+    means, every = Means(lloyd, spare_bytes, summed), list(range(len(endings[0].mass)))
     least = min(one.inertia + one.bound for one in endings) + _ALIKE * lloyd.moments.spread
-    jobs: list[tuple[int, tuple[Ending, bool]]] = []
+    jobs: list[tuple[Ending, bool]] = []
     seen: list[torch.Tensor] = []
     for one in endings:
         if one.inertia - one.bound > least:
@@ -377,25 +390,28 @@ def solutions(lloyd: Lloyd, endings: Sequence[Ending], spare_bytes: int = 0) -> 
                 continue
             seen.append(partition)
             if not torch.equal(one.home, one.labels):
-                jobs.append((len(every), (one, True)))
-        jobs.append((len(every), (one, False)))
+                jobs.append((one, True))
+        jobs.append((one, False))
     found: list[Solution] = []
     away: torch.Tensor | None = None  # centroids of rows that have other labels by now
-    for group in grouped(jobs, len(every) + means.more):
-        sums = means.sums([(one.home if of_home else one.labels, every) for one, of_home in group])
-        for at, (one, of_home) in enumerate(group):
-            part = sums[:, at * len(every) : (at + 1) * len(every)]
-            centroids = one.given if away is None else away
-            if centroids is None:
-                centroids = torch.empty(len(every), sums.shape[2], dtype=means.dtype, device=sums.device)
-                for cluster, place in enumerate(centroids):
-                    place.copy_(means.centroid(part[:, cluster], one.home_mass[cluster]))
-            away = centroids if of_home else None
-            if of_home:
-                continue
-            inertia = lloyd.inertia(centroids, part, one.mass)
-            # The matrix is of the rows as they were, the sums of what they are now.
-            require_unchanged(abs(inertia - one.inertia) <= one.bound + lloyd.doubt(centroids, inertia))
-            found.append(Solution(centroids, one.labels, inertia, one.n_iter, one.shifts))
-        del sums, part  # large, and the next ones are as large
+    wanted = [(one.home if of_home else one.labels, every) for one, of_home in jobs]
+    for job, part, sums in means.parts(wanted):
+        one, of_home = jobs[job]
+        if part.start == 0:
+            given = one.given if away is None else away
+            centroids = sums.new_empty(len(every), sums.shape[2], dtype=means.dtype) if given is None else given
+            crosses = sums.new_empty(len(every))
+        if given is None:
+            for at, cluster in enumerate(every[part]):
+                centroids[cluster] = means.centroid(sums[:, at], one.home_mass[cluster])
+        away = centroids if of_home else None
+        if of_home:
+            continue
+        crosses[part] = lloyd.crosses(centroids[part], sums, one.mass[part])
+        if part.stop < len(every):
+            continue
+        inertia = lloyd.spread + tree_sum(crosses).item()
+        # The matrix is of the rows as they were, the sums of what they are now.
+        require_unchanged(abs(inertia - one.inertia) <= one.bound + lloyd.doubt(centroids, inertia))
+        found.append(Solution(centroids, one.labels, inertia, one.n_iter, one.shifts))
     return found

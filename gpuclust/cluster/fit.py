@@ -253,7 +253,11 @@ def fit_kmeans(
             with named("gram"):
                 dual = alone(
                     lambda: Dual(
-                        lloyd, memory.spare_bytes, memory.slice_bytes >> room.halvings, image=not source.resident
+                        lloyd,
+                        memory.spare_bytes,
+                        memory.slice_bytes >> room.halvings,
+                        memory.summed,
+                        image=not source.resident,
                     )
                 )
             watch.lap("gram_s")
@@ -274,7 +278,7 @@ def fit_kmeans(
                 told(restarts, ended)
                 endings += ended
             del dual
-            solutions = alone(partial(solutions_of, lloyd, endings, memory.spare_bytes))
+            solutions = alone(partial(solutions_of, lloyd, endings, memory.spare_bytes, memory.summed))
             watch.lap("iterate_s")
         else:
             for restarts in groups:

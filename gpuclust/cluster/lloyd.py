@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.relief import Relief
 from gpuclust.cluster.sketch import Sketches
 from gpuclust.cluster.sources.base import ChunkSource, block_rows, chunk_rows
-from gpuclust.cluster.step import EMPTY, ENDED, MOVES, Course, Finish, Limits, advance, move
+from gpuclust.cluster.step import EMPTY, ENDED, MOVES, Course, Finish, Limits, advance, move_each
 from gpuclust.cluster.story import Story
 from gpuclust.cluster.sums import Grid, joined, power_of_two, total, tree_sum
 from gpuclust.profile import named
@@ -349,27 +349,47 @@ class Lloyd:
         An empty cluster gets a row first.
         """
         if bool((mass == 0).any()):
-            sums, mass = self._fill_empty(centroids, labels, sums.clone(), mass.clone())
+            sums = sums.clone()
+        return self.update_parts(centroids, labels, [(slice(0, len(mass)), sums)], mass)
+
+    def update_parts(
+        self,
+        centroids: torch.Tensor,
+        labels: torch.Tensor,
+        parts: Iterable[tuple[slice, torch.Tensor]],
+        mass: torch.Tensor,
+    ) -> float:
+        """`update` with the sums of some clusters at a time: which they are, and their sums, which are overwritten."""
+        dist2, shifts = None, torch.empty_like(mass)
+        if bool((mass == 0).any()):
+            dist2 = self.relief.run(lambda: distances(self.backend, self.source, centroids, labels))
+            if self.weights is not None:
+                dist2[self.weights.values == 0] = 0
         every = mass.new_ones(1, dtype=torch.bool)
-        return move(centroids[None], sums[:, None], mass[None], every, self.finish).item()
+        for part, sums in parts:
+            after = mass if dist2 is None else self._fill_empty(dist2, labels, mass, part, sums)
+            shifts[part] = move_each(centroids[None, part], sums[:, None], after[None, part], every, self.finish)[0]
+        return tree_sum(shifts).item()
 
     def _fill_empty(
-        self, centroids: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give each empty cluster the row farthest from its centroid (ties: lowest index), as in scikit-learn."""
-        empty = (mass == 0).nonzero()[:, 0]
-        dist2 = self.relief.run(lambda: distances(self.backend, self.source, centroids, labels))
-        if self.weights is not None:
-            dist2[self.weights.values == 0] = 0
-        far = self._farthest(dist2, labels, empty.numel())
+        self, dist2: torch.Tensor, labels: torch.Tensor, mass: torch.Tensor, part: slice, sums: torch.Tensor
+    ) -> torch.Tensor:
+        """Give each empty cluster the row farthest from its centroid (ties: lowest index), as in scikit-learn.
+
+        The weights afterwards (k,) are returned, and ``sums`` of some clusters brought up to date.
+        """
+        empty, after = (mass == 0).nonzero()[:, 0].tolist(), mass.clone()
+        far = self._farthest(dist2, labels, len(empty))
         for cluster, (distance, old, weight, terms) in zip(empty, far, strict=False):
             if distance == 0:
                 break
-            sums[:, old] -= terms
-            sums[:, cluster] = terms
-            mass[old] -= weight
-            mass[cluster] = weight
-        return sums, mass
+            if part.start <= old < part.stop:
+                sums[:, old - part.start] -= terms
+            if part.start <= cluster < part.stop:
+                sums[:, cluster - part.start] = terms
+            after[old] -= weight
+            after[cluster] = weight
+        return after
 
     def _farthest(
         self, dist2: torch.Tensor, labels: torch.Tensor, count: int
@@ -398,6 +418,10 @@ class Lloyd:
 
     def inertia(self, centroids: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> float:
         """T - 2 sum_j (c_j - m) . (S_j - n_j m) + sum_j n_j ||c_j - m||^2, free of any order."""
+        return self.spread + tree_sum(self.crosses(centroids, sums, mass)).item()
+
+    def crosses(self, centroids: torch.Tensor, sums: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        """What clusters add to `inertia`, each by itself: float64 (k,)."""
         cross = torch.empty(len(centroids), dtype=torch.float64, device=centroids.device)
         size = block_rows(centroids.shape[1], centroids.device)
         for start in range(0, len(centroids), size):
@@ -405,7 +429,7 @@ class Lloyd:
             moved = centroids[part].double() - self.moments.mean
             terms = (joined(sums[:, part]) - mass[part, None] * self.moments.mean).mul_(moved)
             cross[part] = tree_sum(terms.mul_(-2.0).add_(moved.square_().mul_(mass[part, None])))
-        return self.spread + tree_sum(cross).item()
+        return cross
 
     def doubt(self, centroids: torch.Tensor, inertia: float) -> float:
         """How far `inertia` can be from the ``inertia`` that the rows' distances sum up to, for any labels.

@@ -6,6 +6,8 @@ allows. Rows on the device cost what is taken of them.
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -31,6 +33,8 @@ class Means:
     lloyd : Lloyd
     spare_bytes : int
         For more centroids, and more rows, than are needed at a time.
+    summed : int, optional
+        Clusters whose sums there is room for beside the centroids of one restart; by default all.
 
     Attributes
     ----------
@@ -38,15 +42,39 @@ class Means:
         Centroids that memory has room for, sums included, beside those of one restart.
     """
 
-    def __init__(self, lloyd: Lloyd, spare_bytes: int = 0) -> None:
+    def __init__(self, lloyd: Lloyd, spare_bytes: int = 0, summed: int | None = None) -> None:
         self._lloyd, self._source, self._levels = lloyd, lloyd.source, lloyd.moments.grid.levels
         self.dtype = centroid_dtype(lloyd.source.dtype)
         d, device = lloyd.source.shape[1], lloyd.source.device
         self.more = spare_bytes // 2 // (d * (8 * self._levels + 2 * self.dtype.itemsize))
+        self._together = sys.maxsize if summed is None else summed + self.more
         taken = relieved(environment().chunk_bytes or _TAKEN_BYTES.get(device.type, 8 << 20))
         if not self._source.resident:
             taken = max(taken, spare_bytes // 2)
         self._taken = max(1, taken // (d * lloyd.source.dtype.itemsize))
+
+    def parts(self, jobs: Sequence[tuple[torch.Tensor, list[int]]]) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """`sums`, those of as many clusters in a pass as memory has room for, and of one job at a time.
+
+        Yields
+        ------
+        job : int
+        part : slice
+            Of the clusters of that job.
+        sums : float64 (levels, p, d)
+            They are gone when the next are asked for, whoever still refers to them: these need the room.
+        """
+        one_by_one = [(1, (job, at)) for job, (_, clusters) in enumerate(jobs) for at in range(len(clusters))]
+        for group in grouped(one_by_one, self._together):
+            spans = [(job, [at for _, at in some]) for job, some in itertools.groupby(group, lambda pair: pair[0])]
+            parts = [(job, slice(places[0], places[-1] + 1)) for job, places in spans]
+            sums = self.sums([(jobs[job][0], jobs[job][1][part]) for job, part in parts])
+            first = 0
+            for job, part in parts:
+                last = first + part.stop - part.start
+                yield job, part, sums[:, first:last]
+                first = last
+            sums.untyped_storage().resize_(0)
 
     def sums(self, jobs: Sequence[tuple[torch.Tensor, list[int]]]) -> torch.Tensor:
         """The primal's sums of the rows of some clusters by labels (n,), of all jobs one after another: one pass.

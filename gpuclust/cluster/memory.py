@@ -4,16 +4,17 @@ With n rows in a process, d features, k clusters, w bytes of a centroid's value 
 of the sums' grid (1 for float32 rows below 2**21 of them; more for float64 and for weights), r restarts at a time:
 
     primal: 40 n + d (32 + 24 L + k w)                   + r (40 n + k d (2 w + 16 L))          + work
-    dual:   40 n + d (32 + 24 L + k (2 w + 8 L)) + 12 n^2 + r (64 n + 32 k n)                   + work
+    dual:   40 n + d (32 + 24 L + 2 k w + 8 s L) + 12 n^2 + r (64 n + 32 k n)                   + work
 
 The primal's restart has centroids, operands (4 bytes a value) and sums, and its centroids and sums once more where it
 ends beside others, or where an empty cluster gets a row. The dual's has its products with the rows; its centroids are
-of one restart, in the end. 32 + 24 L are the mean, the grid and a row on its way. On a GPU kernels take d (64 + 24 k)
-more, and in a primal restart k d 12 in place of 8 L, with d a multiple of 64, where that is more. Streamed rows take
-4 n^2 more with the dual solver, for the products of the image by which seeding draws; single rows that move 24 k d.
-Rows with weights take 40 n more, and 8 n for each restart. ``work`` is what is on the way: scores of a piece of rows,
-float64 copies of a block of them, lists of those that moved. Less memory makes these pieces smaller, then the restarts
-that share a pass fewer; what is left over keeps sketches or gaps, and what saves a pass. No result depends on it.
+of one restart, in the end, made from the sums of s clusters at a time: of as many as there is room for. 32 + 24 L are
+the mean, the grid and a row on its way. On a GPU kernels take d (64 + 24 k) more, and in a primal restart k d 12 in
+place of 8 L, with d a multiple of 64, where that is more. Streamed rows take 4 n^2 more with the dual solver, for the
+products of the image by which seeding draws; single rows that move 24 k d. Rows with weights take 40 n more, and 8 n
+for each restart. ``work`` is what is on the way: scores of a piece of rows, float64 copies of a block of them, lists of
+those that moved. Less memory makes these pieces smaller, then the restarts that share a pass fewer; what is left over
+keeps sketches or gaps, and what saves a pass. No result depends on it.
 
 While the dual solver's matrix is found, 40 n + d (24 + 8 L) + 16 n^2 + work are held: all else of a limit is for wide
 slices of streamed rows, and the wider these are the fewer passes it takes.
@@ -60,6 +61,8 @@ class Share:
         Of the dual solver, for features of all rows that are streamed.
     seeded : int
         Restarts that are seeded at the same time.
+    summed : int or None
+        Of the dual solver, clusters whose sums are made at the same time.
     """
 
     halvings: int
@@ -67,6 +70,7 @@ class Share:
     spare_bytes: int
     slice_bytes: int = 0
     seeded: int = 1
+    summed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Needs:
 
     Of the dual solver, ``before`` is what is held while its matrix is found; what is left of a limit then is for
     features of streamed rows. ``seeds`` is what seeding a restart takes in place of the ``centroids``, a part of
-    ``fixed``; nothing where no rows are read for it.
+    ``fixed``; nothing where no rows are read for it. ``sums`` are those of a cluster, one of which ``fixed`` has room
+    for, and all of a restart ``sums * clusters``.
     """
 
     fixed: int
@@ -84,6 +89,8 @@ class Needs:
     before: int = 0
     centroids: int = 0
     seeds: int = 0
+    sums: int = 0
+    clusters: int = 1
 
     @property
     def least(self) -> int:
@@ -92,18 +99,24 @@ class Needs:
 
     def within(self, limit: int, restarts: int) -> Share:
         """The share of so many restarts in a limit of at least `least` bytes."""
-        left = limit - self.fixed
+        summed = min(self.clusters, 1 + (limit - self.least) // self.sums) if self.sums else None
+        left = limit - self.fixed - self._more_sums(summed)
         halvings = _halvings(self.work, min(left // _WORK_SHARE, left - self.restart))
         left -= self.work >> halvings
         together = max(1, min(restarts, left // self.restart))
         spare = max(0, left - together * self.restart)
         slices = max(0, limit - self.before - (self.work >> halvings)) if self.before else 0
-        seeded = max(1, (self.centroids + spare // 2) // self.seeds) if self.seeds else together
-        return Share(halvings, together, spare, slices, min(together, seeded))
+        made = self.centroids + self._more_sums(summed)
+        seeded = max(1, (made + spare // 2) // self.seeds) if self.seeds else together
+        return Share(halvings, together, spare, slices, min(together, seeded), summed)
 
     def used(self, share: Share) -> int:
         """All but what may be kept."""
-        return self.fixed + share.together * self.restart + (self.work >> share.halvings)
+        more = share.together * self.restart + self._more_sums(share.summed)
+        return self.fixed + more + (self.work >> share.halvings)
+
+    def _more_sums(self, summed: int | None) -> int:
+        return (summed - 1) * self.sums if summed else 0
 
     def too_little(self, limit: int) -> MemoryLimitError:
         """The error for a limit below `least`."""
@@ -129,7 +142,7 @@ def dual_needs(
     """Of the dual solver, in the same way; ``moves``: whether single rows move in the end."""
     d, k, value, sums = problem.d, problem.k, *_values(problem, lightest)
     rows, weighted = _rows(problem, n)
-    centroids = d * k * (2 * value + sums)
+    centroids = d * (2 * k * value + sums)
     fixed = (
         rows
         + d * (32 + 3 * sums)
@@ -141,8 +154,9 @@ def dual_needs(
     restart, work = (64 + weighted) * n + 32 * k * n, work_bytes(problem.device)
     if resident:
         # Of each drawn row that is tried: itself, and as the image has it.
-        return Needs(fixed, restart, work, 0, centroids, d * trials(k) * (value + 16))
-    return Needs(fixed, restart, work, rows + d * (24 + sums) + 16 * n * n + _kernels(problem))
+        return Needs(fixed, restart, work, 0, centroids, d * trials(k) * (value + 16), d * sums, k)
+    before = rows + d * (24 + sums) + 16 * n * n + _kernels(problem)
+    return Needs(fixed, restart, work, before, sums=d * sums, clusters=k)
 
 
 def least_bytes(k: int, weighted: bool, n: int, d: int, dtype: torch.dtype, device: torch.device) -> int:

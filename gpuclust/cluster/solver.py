@@ -136,7 +136,11 @@ def plan(
         width = slice_width(rows, d, device, shares[1].halvings)
         wide = wide_width(rows, d, width, size, shares[1].slice_bytes)
         groups = math.ceil(restarts / shares[0].together)
-        passes = [_ALWAYS + groups * (1 + 2 * problem.k + _PASSES), _ALWAYS + math.ceil(d / wide) + _DECIDED]
+        more = math.ceil(problem.k / (shares[1].summed or problem.k)) - 1  # passes for centroids
+        passes = [
+            _ALWAYS + groups * (1 + 2 * problem.k + _PASSES),
+            _ALWAYS + math.ceil(d / wide) + _DECIDED + more,
+        ]
         used[1] = max(dual.used(shares[1]), dual.before + rows * wide * size + (dual.work >> shares[1].halvings))
         one_pass = pass_s or rows * d * size / read
         primal_s += passes[0] * one_pass
