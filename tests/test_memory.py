@@ -223,6 +223,19 @@ def test_a_run_that_does_not_fit_says_what_it_lacks_and_what_to_do():
     assert "--memory-limit" not in str(free.value)  # more than there is would not help
 
 
+@pytest.mark.parametrize(("batch_size", "budget", "advised"), [(32, 1.1, True), (32, 0.3, False), (1, 0.2, False)])
+def test_fewer_images_are_advised_where_they_would_do(batch_size, budget, advised):
+    room, forward = Room(16 * GB, int(budget * GB)), forward_of("vgg16", batch_size)
+    with pytest.raises(MemoryLimitError) as error:
+        plan("vgg16", room=room, forward=forward).require()
+    assert ("--per-class" in str(error.value)) == advised
+    # Of five images the batch is one of five at most.
+    assert plan("vgg16", 5, room=room, forward=forward_of("vgg16", min(batch_size, 5))).fits == advised
+    needs = room.budget_bytes + plan("vgg16", room=room, forward=forward).short_bytes
+    with pytest.raises(MemoryLimitError, match="--per-class"):
+        plan("vgg16", room=Room(16 * GB, needs - 1), forward=forward).require()
+
+
 def test_memory_that_ran_out_leaves_less_to_plan_with():
     made = plan()
     room = made.room.after_failure(made.total_bytes)

@@ -50,6 +50,18 @@ class Forward:
     peaks: Mapping[str, int] = field(default_factory=dict)
     channels_last: frozenset[str] = frozenset()
 
+    def of(self, images: int) -> Forward:
+        """The same of a batch of at most so many images, in proportion."""
+        share = min(1.0, images / self.batch_size)
+        return replace(
+            self,
+            batch_size=min(images, self.batch_size),
+            peak_bytes=int(share * self.peak_bytes),
+            seconds=share * self.seconds,
+            input_bytes=int(share * self.input_bytes),
+            peaks={name: int(share * size) for name, size in self.peaks.items()},
+        )
+
     def peak_to(self, layers: Iterable[str]) -> int:
         """What a pass holds at its peak that ends at the deepest of these layers."""
         return max((self.peaks.get(name, self.peak_bytes) for name in layers), default=self.peak_bytes)
@@ -107,6 +119,8 @@ class LayerPlan:
         Predicted for clustering it.
     short_bytes : int
         What is missing on the device; above 0 for a layer that fits in no way.
+    fewer_fit : bool
+        Whether it would fit with fewer images.
     """
 
     name: str
@@ -122,6 +136,7 @@ class LayerPlan:
     passes: int
     seconds: float
     short_bytes: int = 0
+    fewer_fit: bool = True
 
 
 @dataclass(frozen=True)
@@ -214,7 +229,8 @@ class MemoryPlan:
         )
         worst = max(self.rows, key=lambda row: row.short_bytes)
         needs = room.budget_bytes + worst.short_bytes
-        advice = ["fewer images per class (--per-class)", f"other layers than {worst.name} (--layers)"]
+        advice = ["fewer images per class (--per-class)"] if worst.fewer_fit else []
+        advice.append(f"other layers than {worst.name} (--layers)")
         if self.forward.batch_size > 1:
             advice.append("a smaller batch (--batch-size; it changes the network's rounding)")
         advice.append(f'fewer values of the layer (--reduce "{worst.name}=avgpool")')

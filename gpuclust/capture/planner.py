@@ -257,8 +257,11 @@ class _Maker:
         if not found:
             beside = max((limit for *_, limit in ways), default=0)
             short = max(least - beside, forward_bytes - left)
+            few = replace(self, layers=[layer], n=self.clusters, forward=self.forward.of(self.clusters))
             rows[layer.name] = replace(
-                self._layer(layer, "recompute", index, self.solver, 0, least, 0, 0, 0.0), short_bytes=short
+                self._layer(layer, "recompute", index, self.solver, 0, least, 0, 0, 0.0),
+                short_bytes=short,
+                fewer_fit=self.n > few.n and few.plan(False).fits,
             )
             return Step((layer.name,), "recompute", 0.0, forward_bytes)
         _, rows[layer.name], step = min(found, key=lambda way: way[0])
