@@ -24,7 +24,7 @@ from gpuclust.cluster.moments import Moments
 from gpuclust.cluster.relief import Relief
 from gpuclust.cluster.sketch import Sketches
 from gpuclust.cluster.sources.base import ChunkSource, block_rows, chunk_rows
-from gpuclust.cluster.step import EMPTY, ENDED, MOVES, Course, Finish, Limits, advance, move_each
+from gpuclust.cluster.step import EMPTY, ENDED, MOVES, Course, Finish, Limits, advance, move
 from gpuclust.cluster.story import Story
 from gpuclust.cluster.sums import Grid, joined, power_of_two, total, tree_sum
 from gpuclust.profile import named
@@ -365,10 +365,12 @@ class Lloyd:
             dist2 = self.relief.run(lambda: distances(self.backend, self.source, centroids, labels))
             if self.weights is not None:
                 dist2[self.weights.values == 0] = 0
-        every = mass.new_ones(1, dtype=torch.bool)
+        every = torch.ones_like(mass, dtype=torch.bool)
         for part, sums in parts:
             after = mass if dist2 is None else self._fill_empty(dist2, labels, mass, part, sums)
-            shifts[part] = move_each(centroids[None, part], sums[:, None], after[None, part], every, self.finish)[0]
+            # Each cluster as a restart of its own: of how far it moved.
+            one = centroids[part, None], sums[:, :, None], after[part, None], every[part]
+            shifts[part] = move(*one, self.finish)
         return tree_sum(shifts).item()
 
     def _fill_empty(

@@ -89,17 +89,6 @@ def move(
     -------
     float64 (r,) : the sums of the squared movements.
     """
-    return tree_sum(move_each(centroids, sums, masses, steps, finish))
-
-
-def move_each(
-    centroids: torch.Tensor,
-    sums: torch.Tensor,
-    masses: torch.Tensor,
-    steps: torch.Tensor,
-    finish: Finish | None = None,
-) -> torch.Tensor:
-    """`move`, and the squared movement of each centroid: float64 (r, k)."""
     r, k, d = centroids.shape
     flat, sums, mass = centroids.view(r * k, d), sums.flatten(1, 2), masses.reshape(r * k, 1)
     moves = (steps[:, None] & (masses > 0)).view(r * k, 1)
@@ -113,4 +102,4 @@ def move_each(
         after = torch.where(moves[some], after, before)
         shifts[some] = tree_sum(torch.sub(after.double(), before).square_())
         before.copy_(after)
-    return shifts.view(r, k)
+    return tree_sum(shifts.view(r, k))
