@@ -24,6 +24,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 
@@ -395,20 +397,19 @@ def solutions(
     found: list[Solution] = []
     away: torch.Tensor | None = None  # centroids of rows that have other labels by now
     wanted = [(one.home if of_home else one.labels, every) for one, of_home in jobs]
-    for job, part, sums in means.parts(wanted):
+    for job, parts in groupby(means.parts(wanted), itemgetter(0)):
         one, of_home = jobs[job]
-        if part.start == 0:
-            given = one.given if away is None else away
-            centroids = sums.new_empty(len(every), sums.shape[2], dtype=means.dtype) if given is None else given
-            crosses = sums.new_empty(len(every))
-        if given is None:
-            for at, cluster in enumerate(every[part]):
-                centroids[cluster] = means.centroid(sums[:, at], one.home_mass[cluster])
+        given = one.given if away is None else away
+        centroids = means.empty(len(every)) if given is None else given
+        crosses = torch.empty_like(one.mass)
+        for _, part, sums in parts:
+            if given is None:
+                for at, cluster in enumerate(every[part]):
+                    centroids[cluster] = means.centroid(sums[:, at], one.home_mass[cluster])
+            if not of_home:
+                crosses[part] = lloyd.crosses(centroids[part], sums, one.mass[part])
         away = centroids if of_home else None
         if of_home:
-            continue
-        crosses[part] = lloyd.crosses(centroids[part], sums, one.mass[part])
-        if part.stop < len(every):
             continue
         inertia = lloyd.spread + tree_sum(crosses).item()
         # The matrix is of the rows as they were, the sums of what they are now.

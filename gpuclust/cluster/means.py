@@ -6,9 +6,10 @@ allows. Rows on the device cost what is taken of them.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import TypeVar
 
 import torch
@@ -66,8 +67,10 @@ class Means:
         """
         one_by_one = [(1, (job, at)) for job, (_, clusters) in enumerate(jobs) for at in range(len(clusters))]
         for group in grouped(one_by_one, self._together):
-            spans = [(job, [at for _, at in some]) for job, some in itertools.groupby(group, lambda pair: pair[0])]
-            parts = [(job, slice(places[0], places[-1] + 1)) for job, places in spans]
+            parts = []
+            for job, some in groupby(group, itemgetter(0)):
+                places = [at for _, at in some]
+                parts.append((job, slice(places[0], places[-1] + 1)))
             sums = self.sums([(jobs[job][0], jobs[job][1][part]) for job, part in parts])
             first = 0
             for job, part in parts:
@@ -109,6 +112,10 @@ class Means:
                     numbers = some + rows.start if isinstance(rows, slice) else rows[some]
                     self._lloyd.account(x[some], numbers, here[None, some], None, sums, counts)
         return sums[:, 0]
+
+    def empty(self, count: int) -> torch.Tensor:
+        """Room for so many centroids: (count, d)."""
+        return torch.empty(count, self._source.shape[1], dtype=self.dtype, device=self._source.device)
 
     def centroid(self, sums: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         """The centroid (d,) of sums (levels, d) and of the weight of its rows."""
