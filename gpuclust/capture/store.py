@@ -9,15 +9,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from gpuclust.capture.layout import has_channels_last
 from gpuclust.errors import InputError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF_LIMIT = 65504.0  # the largest finite float16
 # A fresh scale puts the largest magnitude into [2^13, 2^14): two doublings before it must be lowered.
 HALF_HEADROOM = 13
-# Channels that are last come first for so many positions at a time, which stay in a core's cache: a third of the time.
-_POSITIONS = 1024
 
 
 class Scale:
@@ -50,18 +47,12 @@ def put_rows(activations: Tensor, rows: Tensor, scale: float = 1.0) -> None:
     """Write activations ``(b, ...)`` times ``scale`` into rows ``(b, d)``, flattened in C order of their shape."""
     # The rows seen in the activations' own shape: a strided copy, whatever their memory format.
     place = rows.view(activations.shape)
-    pieces = [(activations, place)]
-    if activations.device.type == "cpu" and has_channels_last(activations):
-        pieces = list(
-            zip(activations.flatten(2).split(_POSITIONS, 2), place.flatten(2).split(_POSITIONS, 2), strict=True)
-        )
-    for some, into in pieces:
-        if scale == 1.0:
-            into.copy_(some)
-        elif some.device == into.device:
-            torch.mul(some.float(), scale, out=into)
-        else:
-            into.copy_(some.float() * scale)
+    if scale == 1.0:
+        place.copy_(activations)
+    elif activations.device == place.device:
+        torch.mul(activations.float(), scale, out=place)
+    else:
+        place.copy_(activations.float() * scale)
 
 
 def largest_finite(activations: Tensor, start: int, name: str, dtype: torch.dtype) -> float:
@@ -72,8 +63,7 @@ def largest_finite(activations: Tensor, start: int, name: str, dtype: torch.dtyp
     InputError
         If one of them is NaN or infinite.
     """
-    # torch takes 25 times as long where channels are last and it is not shown that they are.
-    low, high = torch.aminmax(activations.permute(0, 2, 3, 1) if has_channels_last(activations) else activations)
+    low, high = torch.aminmax(activations)
     largest = max(-low.item(), high.item())
     if not math.isfinite(low.item() + high.item()):
         refuse(activations.reshape(activations.shape[0], -1), start, name, dtype)
